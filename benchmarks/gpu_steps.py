@@ -1,10 +1,8 @@
 """The parts of ``benchmarks.gpu`` that measure steps: speed, memory, waits for the device, attention, a profile."""
 
 import gc
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +96,7 @@ def attention(_: Path, sizes: Sizes) -> Record:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
+    from torch.utils.benchmark import Timer
 
     device = "cuda" if sizes.accelerator == "gpu" else "cpu"
     kernels = {
@@ -121,27 +120,11 @@ def attention(_: Path, sizes: Sizes) -> Record:
                 key = f"{length} tokens, {name}, {'without a' if masked is None else 'with a'} mask"
                 try:
                     with sdpa_kernel(kernel):
-                        record[key] = 1000 * _seconds(call, sizes)
+                        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+                        record[key] = 1000 * timer.timeit(sizes.steps).mean
                 except RuntimeError as error:  # a kernel that does not take this
                     record[key] = str(error).splitlines()[0][:80]
     return {"milliseconds": record}
-
-
-def _seconds(call: Callable[[], None], sizes: Sizes) -> float:
-    import torch
-
-    def wait() -> None:
-        if sizes.accelerator == "gpu":
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        call()
-    wait()
-    began = time.perf_counter()
-    for _ in range(sizes.steps):
-        call()
-    wait()
-    return (time.perf_counter() - began) / sizes.steps
 
 
 def profile_steps(folder: Path, sizes: Sizes) -> Record:
