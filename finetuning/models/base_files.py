@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error, first_line
 from finetuning.hub import hub_snapshot
 from finetuning.models.packaged import packaged_folder
 from finetuning.settings import PACKAGED_MODELS
@@ -88,10 +88,8 @@ def stored_config(model_name: str, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"--model_name {model_name}: is an adapter: give its base model, and the folder to --init_adapter"
         )
-    try:
+    with as_user_error(f"--model_name {model_name}: no usable config.json in it", OSError, ValueError):
         stored = read_json(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
     if stored.get("quantization_config"):
         raise UserError(
             f"--model_name {model_name}: its weights are already quantized: give the model in full precision, with"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error
 from finetuning.models.base_files import check_tokenizer, check_weights, file_hashes, find_folder, stored_config
 from finetuning.models.discovery import check_targets, family_of, on_meta
 from finetuning.models.distilbert import distilbert_config
@@ -97,10 +97,9 @@ def read_base_model(model_name: str, folder: Path) -> BaseModel:
     if kind is not None and kind not in CONFIG_MAPPING:
         own = "needs Python code of its own, which is never run" if "auto_map" in stored else "is unknown here"
         raise UserError(f"--model_name {model_name} is of type {kind!r}, which {own}: use another model")
-    try:
+    # a damaged file can make the library raise any type
+    with as_user_error(f"--model_name {model_name}: no usable config.json in it", Exception):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged file can make the library raise any type
-        raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
     config._attn_implementation = config._experts_implementation = None  # they may name code in a repository of the hub
     config = distilbert_config(config) if model_name == PACKAGED_DISTILBERT else config
     return BaseModel(model_name, folder, config, family_of(config, model_name))
@@ -178,10 +177,8 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
         UserError: it cannot be loaded, or is another kind.
     """
     check_tokenizer(base.name, base.folder)
-    try:
+    with as_user_error(f"--model_name {base.name}: its tokenizer cannot be loaded", Exception):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # a damaged file can make the library raise any type
-        raise UserError(f"--model_name {base.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.pad_token_id is None:  # of a decoder; the attention mask says what is padding
         # Hugging Face's class finds the last token by the config's number
         number: int | None = getattr(base.config, "pad_token_id", None)

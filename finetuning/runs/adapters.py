@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from finetuning.errors import UserError, first_line, listed
+from finetuning.errors import UserError, as_user_error, first_line, listed
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_origin, read_result
 from finetuning.settings import CUTTING, DataSettings, recorded_name
 from finetuning.storage import read_json, sha256_of
@@ -154,11 +154,8 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     path = folder / ADAPTER
     if not path.is_file() and (folder / PICKLE).is_file():
         raise UserError(f"{folder}: {PICKLE} is a pickle, which is never loaded: save the adapter as {ADAPTER}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    with as_user_error(f"{path} cannot be read", OSError, SafetensorError), safe_open(path, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def _patterns(folder: Path, config: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config import RunConfig, resumed_config
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error, first_line
 from finetuning.processes import in_slurm_step, is_helper, shared_directory, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
@@ -179,10 +179,8 @@ def _status(directory: Path) -> str | None:
 
 
 def _stored_settings(directory: Path) -> dict[str, Any]:
-    try:
+    with as_user_error(f"--resume: --output_dir {directory}: {SETTINGS} cannot be read", OSError, ValueError):
         return read_settings(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume: --output_dir {directory}: {SETTINGS} cannot be read: {first_line(error)}") from None
 
 
 def checkpoint_to_resume(directory: Path) -> Path | None:
