@@ -291,15 +291,16 @@ class Attention:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """The plain formula of attention; G is a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``.
 
-        The bias is ``(G, Q, T)``, or ``(Q, T)``.
+        The bias is ``(G, Q, T)``, or ``(Q, T)``. Scores are fp32: a part that all tokens share, as of a key's bias in
+        Qwen2, can be far above the differences that softmax keeps, and then 16 bits have no digits for these.
         """
-        scores = torch.bmm(query, key.transpose(1, 2)) * self.width**-0.5  # (G, Q, T)
+        scores = torch.bmm(query.float(), key.float().transpose(1, 2)) * self.width**-0.5  # (G, Q, T)
         if bias is not None:
-            scores = scores + bias.to(scores.dtype)
+            scores = scores + bias
         if self.padding is not None:
             groups = len(query) // self.rows.batch
             scores = scores.masked_fill(self.padding.repeat_interleave(groups, 0)[:, None], -math.inf)
-        P = scores.softmax(-1)
+        P = scores.softmax(-1).to(value.dtype)
         return torch.bmm(F.dropout(P, self.dropout) if self.dropout > 0 else P, value)
 
 

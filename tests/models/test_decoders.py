@@ -7,9 +7,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from finetuning.errors import UserError
+from finetuning.models.attention import Attention
 from finetuning.models.base_model import load_tokenizer, read_base_model
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
+from finetuning.models.norms import Norms
+from finetuning.models.rows import Rows
 from tests.tiny_models import save_tokenizer, tiny_model
 
 DECODERS = [name for name, family in FAMILIES.items() if family.last_token]
@@ -53,3 +56,18 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("finetuning.models.base_files.find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs a package: pip install sentencepiece protobuf"):
         load_tokenizer(base)
+
+
+@pytest.mark.parametrize(("dtype", "common"), [(torch.bfloat16, 100), (torch.float16, 100), (torch.float16, 6000)])
+def test_the_last_layer_keeps_what_tells_tokens_apart(dtype: torch.dtype, common: float) -> None:
+    """Scores of one token, of which all tokens share a large part, as of Qwen2's keys with their bias."""
+    model, family = tiny_model("qwen2"), FAMILIES["qwen2"]
+    q, k, v = torch.randn(3, 2, 40, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, shift = q[:, :1], q[:, :1].float()
+    k = (k + (common * 32**0.5 * shift / shift.square().sum(-1, keepdim=True))).to(dtype)
+    norms = Norms(family.rms, family.norm_offset, dtype, on_cpu=True)
+    attention = Attention(model, family, norms, Rows(2, 40, on_cpu=True), padding=None, places=None)
+    attention.width = 32
+    expected = torch.softmax(q.double() @ k.double().mT * 32**-0.5, -1) @ v.double()
+    found = attention.attend(q, k, v, None)
+    assert (found - expected).norm() < 0.01 * expected.norm()
