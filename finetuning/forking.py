@@ -25,10 +25,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from finetuning.gpus import has_driver
 from finetuning.processes import STOP_SIGNALS
 from finetuning.processor import limit_libraries
 
-GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/dxg", "/dev/kfd")  # of NVIDIA, Jetson, WSL and ROCm
 NUMBER = struct.Struct("<i")  # a process id or exit status
 MOST_FILES = 16
 STATUS_UNKNOWN = 255  # of a child whose watcher was killed
@@ -38,7 +38,7 @@ _forked = False
 
 def can_fork() -> bool:
     """Whether children of a server are as good as processes: not on macOS, and not with a GPU, which a fork breaks."""
-    return sys.platform == "linux" and not any(Path(name).exists() for name in GPU_FILES)
+    return sys.platform == "linux" and not has_driver()
 
 
 def is_forked() -> bool:

@@ -53,6 +53,15 @@ needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit product
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
 
 
+@pytest.fixture
+def process_settings() -> Iterator[None]:
+    """Puts back what ``prepare_process`` sets."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
 def train_only_lora(model: torch.nn.Module) -> None:
     """Freezes all parameters but those of LoRA layers."""
     model.requires_grad_(False)

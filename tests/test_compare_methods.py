@@ -470,3 +470,32 @@ def test_a_run_is_nobodys_task(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1")
     environment = Starter(ROOT / "finetune_lora.py", jobs=1, fork=False).environment
     assert environment.keys() == os.environ.keys() - names
+
+
+def test_runs_at_once_take_the_gpu_with_the_fewest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
+    (script := tmp_path / "run.py").write_text(
+        "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(float(sys.argv[1]))"
+    )
+    starter, log = Starter(script, jobs=3, fork=True), tmp_path / "log"
+    monkeypatch.setattr(starter, "_fork", False)  # as can_fork says it where there is a GPU
+    lock = os.open(tmp_path, os.O_RDONLY)
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        child = starter.start([str(script), *words], log, lock, may_fork=True, idle=False)
+        assert isinstance(child, subprocess.Popen)
+        children.append(child)
+        wait_until(lambda: len(log.read_text().splitlines()) == len(children), "a run that says its GPU")
+        return child
+
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        start("600")
+        start("0").wait()
+        start("600"), start("600"), start("0", "--device", "1")
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        os.close(lock)
+    assert log.read_text().splitlines() == ["2", "5", "5", "2", "2, 5"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.slurm_cluster import wait_until
-from finetuning import forking
+from finetuning import forking, gpus
 from finetuning.forking import ForkedProcess, ForkServer
 from finetuning.processes import STOP_SIGNALS
 from tests.common import ROOT
@@ -144,7 +144,7 @@ def test_a_server_that_cannot_import_what_it_should_is_an_error(tmp_path: Path) 
 
 
 def test_no_server_with_a_gpu_or_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forking, "GPU_FILES", [str(tmp_path / "card")])
+    monkeypatch.setattr(gpus, "DRIVERS", [str(tmp_path / "card")])
     assert forking.can_fork()
     (tmp_path / "card").touch()
     assert not forking.can_fork()

@@ -14,7 +14,11 @@ from finetune_lora import main
 from finetuning.runs.files import read_result
 from tests.common import ROOT, flags, write_splits
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("process_settings"),  # a run in fp32 turns TF32 on, and other tests compare with fp32
+]
 ON_GPU = ("--accelerator", "gpu", "--learning_rate", "0.01")
 
 

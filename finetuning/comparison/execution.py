@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
+from finetuning.gpus import VISIBLE, visible_cards
 from finetuning.processes import OF_A_TASK, STOP_SIGNALS, handled, spin_variables, stop_signals, usable_cores
 from finetuning.runs.checkpoints import has_checkpoint
 
@@ -31,6 +33,7 @@ PRELOADED = (
 )  # fmt: skip
 
 Process = subprocess.Popen[bytes] | ForkedProcess
+CHOOSES_CARDS = frozenset({"--device", "--devices", "--num_nodes"})
 
 
 class StopSignals:
@@ -117,6 +120,8 @@ class Starter:
         self.environment = {name: value for name, value in os.environ.items() if name not in OF_A_TASK}
         if jobs > 1:
             self.environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
+        self._cards = visible_cards() if jobs > 1 else []
+        self._on_cards: list[tuple[Process, str]] = []
         self._fork = fork and can_fork()
         self._spins: dict[str, str] = {}
         self._servers: dict[str, ForkServer] = {}  # OpenMP reads how long it spins when torch is imported
@@ -137,10 +142,21 @@ class Starter:
                     return self._server(idle).start(words, (nothing.fileno(), output.fileno(), output.fileno()), [lock])
                 except OSError:  # it cannot import what it needs; the run's own process says why
                     self._fork = False
-            return subprocess.Popen(
-                [sys.executable, *words], stdin=nothing, stdout=output, stderr=output, env=self.environment,
+            card = self._free_card(words)
+            child = subprocess.Popen(
+                [sys.executable, *words], stdin=nothing, stdout=output, stderr=output, env=self.environment | card,
                 process_group=0, pass_fds=[lock],
             )  # fmt: skip
+            self._on_cards += [(child, name) for name in card.values()]
+            return child
+
+    def _free_card(self, words: Sequence[str]) -> dict[str, str]:
+        """The variable that gives a run the GPU with the fewest runs; none if there is one GPU, or flags choose."""
+        if len(self._cards) < 2 or not CHOOSES_CARDS.isdisjoint(words):
+            return {}
+        self._on_cards = [(child, name) for child, name in self._on_cards if child.poll() is None]
+        runs = Counter(name for _, name in self._on_cards)
+        return {VISIBLE: min(self._cards, key=lambda name: runs[name])}
 
     def _server(self, idle: bool) -> ForkServer:
         if idle:

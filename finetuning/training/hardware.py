@@ -1,6 +1,7 @@
 """Where a run takes place: device, precision, and memory settings of the process."""
 
 import ctypes
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +9,12 @@ from typing import Literal
 
 import torch
 
-from finetuning.errors import UserError
+from finetuning.errors import UserError, say
+from finetuning.gpus import has_driver
 from finetuning.models import int8_products
 from finetuning.models.classifier import Classifier
 from finetuning.models.compiled import library
-from finetuning.processes import is_helper
+from finetuning.processes import is_helper, srun_tasks
 from finetuning.processor import instructions, limited
 from finetuning.runs.records import NOT_ASKED_FOR
 from finetuning.settings import HardwareSettings
@@ -67,16 +69,21 @@ def resolve_hardware(settings: HardwareSettings, resumed: bool = False, half: bo
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = settings.accelerator == "gpu" or settings.device is not None
-    if wanted and not gpus:
-        flag = f"--device {settings.device}" if settings.device is not None else "--accelerator gpu"
-        raise UserError(f"{flag}: this machine has no CUDA GPU; use --accelerator cpu")
-    if settings.device is not None and settings.device >= gpus:
+    if settings.device is not None and 0 < gpus <= settings.device:
         raise UserError(f"--device {settings.device}: this machine has {gpus} GPU(s), numbered from 0")
-    on_gpu = wanted or (settings.accelerator == "auto" and gpus > 0)
-    if on_gpu and settings.devices > gpus:
-        raise UserError(f"--devices {settings.devices}: this machine has {gpus} GPU(s)")
+    if settings.accelerator != "cpu" and 0 < gpus < settings.devices:
+        own = ": SLURM shows each task its own, use --gres=gpu:N and not --gpus-per-task" if srun_tasks() > 1 else ""
+        raise UserError(f"--devices {settings.devices}: this machine has {gpus} GPU(s){own}")
     devices: int | list[int] = [settings.device] if settings.device is not None else settings.devices
-    cards = [] if not on_gpu else devices if isinstance(devices, list) else list(range(devices))
+    cards = devices if isinstance(devices, list) else list(range(devices))
+    obstacle = None if settings.accelerator == "cpu" else gpu_obstacle(cards if gpus else [])
+    if wanted and obstacle:
+        flag = f"--device {settings.device}" if settings.device is not None else "--accelerator gpu"
+        raise UserError(f"{flag}: {obstacle}; use --accelerator cpu")
+    if obstacle and has_driver() and not is_helper():
+        say(f"warning: {obstacle}; this run uses the CPU", sys.stderr)
+    on_gpu = settings.accelerator != "cpu" and obstacle is None
+    cards = cards if on_gpu else []
     int8 = settings.precision == "int8"
     if int8:
         _check_int8(on_gpu, resumed)
@@ -85,6 +92,35 @@ def resolve_hardware(settings: HardwareSettings, resumed: bool = False, half: bo
         raise UserError(f"--precision {asked}: Hugging Face's class of this model fails in 16 bits: use auto or fp32")
     dtype = _resolve_dtype(asked if half else "fp32", cards)
     return Hardware("gpu" if on_gpu else "cpu", devices, dtype, int8)
+
+
+def gpu_obstacle(cards: Sequence[int]) -> str | None:
+    """Why torch cannot compute on these GPUs; ``None`` if it can.
+
+    Args:
+        cards: their numbers; none if torch sees no GPU.
+    """
+    if cards:
+        old = [f"GPU {card}, {torch.cuda.get_device_name(card)}" for card in cards if not _is_built_for(card)]
+        way = "install one for CUDA 12.6, see https://pytorch.org/get-started/locally"
+        return f"this build of torch has no code for {old[0]}: {way}" if old else None
+    if not has_driver():
+        return "this machine has no CUDA GPU"
+    if torch.version.cuda is None:
+        return "this build of torch is for CPUs"
+    return f"torch sees no GPU: perhaps the driver is too old for CUDA {torch.version.cuda}, for which it was built"
+
+
+def _is_built_for(card: int) -> bool:
+    """Whether this build of torch has code for a GPU. The builds for new versions of CUDA leave out old GPUs.
+
+    Code for ``sm_75`` also runs on later GPUs of its major version; ``compute_75`` is compiled for any later one.
+    """
+    major, minor = torch.cuda.get_device_capability(card)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()]
+    parts = [(found[1], int(found[2]), int(found[3])) for found in built if found]  # none for ROCm
+    fits = ((m == major or kind == "compute") and (m, n) <= (major, minor) for kind, m, n in parts)
+    return not parts or any(fits)
 
 
 def _check_int8(on_gpu: bool, resumed: bool) -> None:

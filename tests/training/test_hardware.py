@@ -1,5 +1,4 @@
 import platform
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +75,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capabilities[card])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: f"card {card}")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_100"])
     for name in ("device", "set_device", "is_bf16_supported", "current_device", "init"):
         monkeypatch.setattr(torch.cuda, name, refused)
 
@@ -107,21 +107,55 @@ def test_precision_follows_from_the_runs_own_cards(
     assert (hardware.accelerator, hardware.dtype, hardware.devices) == ("gpu", dtype, devices)
 
 
+@pytest.mark.parametrize(
+    ("card", "built"),
+    [((7, 0), False), (T4, True), ((8, 9), True), (H100, True), ((9, 5), True), ((10, 3), True), ((12, 0), True)],
+)
+def test_a_card_that_torch_was_not_built_for_is_left_alone(
+    card: tuple[int, int], built: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_gpus(monkeypatch, card)
+    monkeypatch.setattr("finetuning.training.hardware.has_driver", lambda: True)
+    assert resolve_hardware(RunConfig.from_settings().hardware).on_gpu is built
+    reason = "this build of torch has no code for GPU 0, card 0: install one for CUDA 12.6"
+    assert (reason in capsys.readouterr().err) is not built
+    if not built:
+        with pytest.raises(UserError, match=f"--accelerator gpu: {reason}"):
+            resolve_hardware(RunConfig.from_settings(accelerator="gpu").hardware)
+
+
+def test_a_driver_that_torch_cannot_use_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("finetuning.training.hardware.has_driver", lambda: True)
+    for version, words in (("13.0", "too old for CUDA 13.0"), (None, "this build of torch is for CPUs")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(UserError, match=f"--device 0: .*{words}"):
+            resolve_hardware(RunConfig.from_settings(device=0).hardware)
+        assert not resolve_hardware(RunConfig.from_settings().hardware).on_gpu
+        assert f"{words}, for which it was built; this run uses" in capsys.readouterr().err or version is None
+        assert not resolve_hardware(RunConfig.from_settings(accelerator="cpu").hardware).on_gpu
+        assert capsys.readouterr().err == ""
+
+
+def test_too_few_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, H100)
+    settings = RunConfig.from_settings(devices=4).hardware
+    with pytest.raises(UserError, match=r"--devices 4: this machine has 1 GPU\(s\)$"):
+        resolve_hardware(settings)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="SLURM shows each task its own, use --gres=gpu:N and not --gpus-per-task"):
+        resolve_hardware(settings)
+
+
 def test_bf16_is_refused_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, H100, T4)
     for settings in ({"device": 1}, {"devices": 2}):
         with pytest.raises(UserError, match="--precision bf16: GPU 1, card 1, has no bf16; use --precision fp16"):
             resolve_hardware(RunConfig.from_settings(precision="bf16", **settings).hardware)
     resolve_hardware(RunConfig.from_settings(precision="bf16", device=0).hardware)
-
-
-@pytest.fixture
-def process_settings() -> Iterator[None]:
-    """Puts back what ``prepare_process`` sets."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 @pytest.mark.usefixtures("process_settings")

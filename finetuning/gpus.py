@@ -1,0 +1,22 @@
+"""The GPUs of this machine, as far as they can be seen without torch."""
+
+import os
+from pathlib import Path
+
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/dxg", "/dev/kfd")  # of NVIDIA, Jetson, WSL and ROCm
+CARDS = ("/dev", "nvidia[0-9]*")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def has_driver() -> bool:
+    """Whether the system has a driver for GPUs. torch may still be unable to use them."""
+    return any(Path(name).exists() for name in DRIVERS)
+
+
+def visible_cards() -> list[str]:
+    """The GPUs of NVIDIA that a program sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get(VISIBLE)
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    folder, pattern = CARDS
+    return [str(i) for i in range(len(list(Path(folder).glob(pattern))))]
