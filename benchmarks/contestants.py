@@ -52,8 +52,9 @@ TUTORIAL_BATCH, DEFAULT_BATCH, TUNED_EVALUATION_BATCH = 12, 8, 64
 
 @dataclass
 class Measured:
-    """Times of some steps, from the start of the loop to the end of the last step."""
+    """Times of some steps, from the start of the loop, or the end of the skipped steps, to the end of the last step."""
 
+    skipped: int = 0  # first steps that do not count: in them a GPU's allocator asks for memory
     began: float = 0.0
     ends: list[float] = field(default_factory=list)  # of each step
     padded_tokens: int = 0  # in all batches, padding included
@@ -63,13 +64,23 @@ class Measured:
 
     def step(self) -> None:
         """Notes the end of a step."""
-        self.ends.append(time.perf_counter())
+        if self.skipped:
+            self.skipped -= 1
+            self._finish()
+            self.start()
+        else:
+            self.ends.append(time.perf_counter())
 
     def stop(self) -> None:
         """After the last step, whose work a GPU may still have to do."""
+        if self._finish():
+            self.ends[-1] = time.perf_counter()
+
+    def _finish(self) -> bool:
+        """Waits for a GPU, and says whether there is one."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-            self.ends[-1] = time.perf_counter()
+        return torch.cuda.is_initialized()
 
     @property
     def seconds(self) -> float:
@@ -90,8 +101,8 @@ class Contestant:
         """The batches of an epoch, as positions in the split; a last batch that is not full is left out."""
         raise NotImplementedError
 
-    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        """Does one step for each batch, in their order."""
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray], skipped: int = 0) -> Measured:
+        """Does one step for each batch, in their order. The first ``skipped`` steps are not measured."""
         raise NotImplementedError
 
     def evaluate(self, split: TokenizedSplit) -> None:
@@ -168,8 +179,8 @@ class Tutorial(Contestant):
             examples.append({"input_ids": ids, "attention_mask": mask, "labels": split.labels[i]})
         return DataLoader(examples, TUTORIAL_BATCH)
 
-    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        loader, measured = self.padded(split, np.concatenate(batches)), Measured()
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray], skipped: int = 0) -> Measured:
+        loader, measured = self.padded(split, np.concatenate(batches)), Measured(skipped)
         self.model.train()
         measured.start()
         for batch in loader:
@@ -211,14 +222,16 @@ class Peft(Contestant):
     """PEFT's LoRA in the Hugging Face Trainer, with its defaults or tuned.
 
     Tuned means: texts grouped by length, no dropout, and the fastest batch size, attention and storage of frozen
-    weights (``measure.choose``). Texts to predict are sorted by length, in batches of 64, with the attention that is
-    fastest for them. The Trainer gets its own batches one after the other, so that a part of an epoch can be measured:
-    in its own order the longest batches come first.
+    weights (``measure.choose``), and no waiting for a GPU in each step. Texts to predict are sorted by length, in
+    batches of 64, with the attention that is fastest for them. The Trainer gets its own batches one after the other, so
+    that a part of an epoch can be measured: in its own order the longest batches come first.
     """
 
     def __init__(self, job: Job, folder: Path, tuned: bool = False, q_lora: bool = False) -> None:
         torch.manual_seed(0)
-        self.tuned, self.bf16, self.timer = tuned, _in_bf16(job), _TrainerTimer()
+        self.tuned, self.timer = tuned, _TrainerTimer()
+        dtype = resolve_hardware(job.config.hardware).dtype
+        self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
         self.on_cpu = job.accelerator == "cpu"
         self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
         family = read_base_model(job.model, folder / job.model).family
@@ -263,6 +276,9 @@ class Peft(Contestant):
             train_sampling_strategy="sequential",
             learning_rate=PEER_LEARNING_RATE,
             bf16=self.bf16,
+            fp16=self.fp16,
+            logging_nan_inf_filter=not self.tuned,  # it reads each loss
+            accelerator_config={"non_blocking": self.tuned},
             use_cpu=self.on_cpu,
             save_strategy="no",
             report_to=[],
@@ -277,8 +293,8 @@ class Peft(Contestant):
         order = get_length_grouped_indices(split.lengths.tolist(), self.batch_size, generator=generator)
         return full_batches(np.array(order), self.batch_size)
 
-    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        self.timer.measured = Measured()
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray], skipped: int = 0) -> Measured:
+        self.timer.measured = Measured(skipped)
         self.trainer.train_dataset = as_examples(split, np.concatenate(batches))
         self.trainer.train()
         measured, self.timer.measured = self.timer.measured, Measured()  # so that predictions do not count
@@ -333,16 +349,16 @@ class Suite(Contestant):
             pin_memory=self.hardware.on_gpu,
         )
 
-    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        module, measured = self.module(len(batches)), Measured()
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray], skipped: int = 0) -> Measured:
+        module, measured = self.module(len(batches)), Measured(skipped)
         timer = LambdaCallback(
             on_train_start=lambda *_: measured.start(),
             on_train_batch_end=lambda *_: measured.step(),
-            on_train_end=lambda *_: measured.stop(),
+            on_train_epoch_end=lambda *_: measured.stop(),  # before the checkpoint
         )
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
             meter = Meter(Path(directory), rows_per_run=1, guarded_steps=0)  # a few steps: as in a long run, none waits
-            trainer = self.trainer(Path(directory), meter, timer)
+            trainer = self.trainer(Path(directory), timer, meter)
             trainer.fit(module, self.loader(split, batches))
         measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
         return measured

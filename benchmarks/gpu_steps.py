@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks.gpu_parts import Sizes
 from benchmarks.harness import Record
 
+WARM_UP_STEPS = 3
+
 
 def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple[Any, Any, list[Any]]:
     """A contestant, the training texts, and the batches that the Trainer would make of them."""
@@ -39,14 +41,13 @@ def steps_per_second(folder: Path, sizes: Sizes, name: str, batch_size: int) -> 
 
     on_gpu = sizes.accelerator == "gpu"
     contestant, split, batches = _contestant(folder, sizes, name, batch_size)
-    contestant.train(split, batches[:3])
     forget_peak(on_gpu)
-    measured = contestant.train(split, batches)
-    tokens = sum(int(split.lengths[batch].sum()) for batch in batches)
+    measured = contestant.train(split, [*batches[:WARM_UP_STEPS], *batches], skipped=WARM_UP_STEPS)
+    warm_up, tokens = (sum(int(split.lengths[b].sum()) for b in of) for of in (batches[:WARM_UP_STEPS], batches))
     return {
         "steps": len(measured.ends),
         "train_tokens_per_second": tokens / measured.seconds,
-        "padding_fraction": 1 - tokens / measured.padded_tokens,
+        "padding_fraction": 1 - (warm_up + tokens) / measured.padded_tokens,
         "peak_bytes": peak_memory(on_gpu)["peak_bytes"],
     }
 
@@ -60,7 +61,7 @@ def memory(folder: Path, sizes: Sizes) -> Record:
         for batch_size in sizes.batch_sizes:
             contestant, split, batches = _contestant(folder, sizes, name, batch_size)
             forget_peak(on_gpu)
-            contestant.train(split, batches[:3])
+            contestant.train(split, batches[:WARM_UP_STEPS])
             record[f"{name}, {batch_size} texts"] = peak_memory(on_gpu)["peak_bytes"]
             del contestant
             gc.collect()
@@ -72,7 +73,7 @@ def synchronisations(folder: Path, sizes: Sizes) -> Record:
     import torch
 
     contestant, split, batches = _contestant(folder, sizes, "suite_equal_batches", sizes.batch_sizes[-1])
-    contestant.train(split, batches[:3])
+    contestant.train(split, batches[:WARM_UP_STEPS])
     on_gpu = sizes.accelerator == "gpu"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -133,7 +134,7 @@ def profile_steps(folder: Path, sizes: Sizes) -> Record:
     from torch.profiler import ProfilerActivity, profile
 
     contestant, split, batches = _contestant(folder, sizes, "suite_equal_batches", sizes.batch_sizes[-1])
-    contestant.train(split, batches[:3])
+    contestant.train(split, batches[:WARM_UP_STEPS])
     on_gpu = sizes.accelerator == "gpu"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:

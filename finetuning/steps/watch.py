@@ -11,7 +11,7 @@ from finetuning.runs.records import CostRecord
 from finetuning.steps.claim import Claim
 from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.trackers import Trackers
-from finetuning.training.trainer import leave_process_group, quiet_lightning
+from finetuning.training.trainer import process_group_left, quiet_lightning
 
 
 class Watch:
@@ -57,8 +57,7 @@ def watched(claim: Claim, on_gpu: bool, trackers: Trackers) -> Iterator[Watch]:
     """Opens the trackers and handles signals inside the context. Arguments as in ``Watch``."""
     trackers.open(claim.config.to_dict(), claim.checkpoint is not None, replaced=claim.config.run.overwrite)
     watch = Watch(claim, on_gpu, trackers)
-    with quiet_lightning(), watch.stop.listening():
+    with process_group_left(), quiet_lightning(), watch.stop.listening():
         yield watch
         if claim.config.data.fold is not None and claim.config.hardware.processes == 1:
             watch.stop.check()  # the run on the next fold would not know of a late signal
-    leave_process_group()

@@ -1,12 +1,13 @@
 """Lightning's trainer for a run, and a context that hides Lightning's notes."""
 
+import atexit
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
-from finetuning.errors import UserError
+from finetuning.errors import Interrupted, UserError
 from finetuning.processes import in_slurm_step, is_helper, srun_tasks
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
@@ -87,6 +89,14 @@ def _environments() -> list[ClusterEnvironment]:
     return [LightningEnvironment()]
 
 
+def _strategy(settings: HardwareSettings) -> str | DDPStrategy:
+    """Lightning's strategy. Ranks need not send each other buffers before each forward, because no buffer changes."""
+    if settings.processes == 1:
+        return settings.strategy
+    unused = settings.strategy == "ddp_find_unused_parameters_true"
+    return DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
+
+
 def make_trainer(
     training: TrainingSettings,
     settings: HardwareSettings,
@@ -122,7 +132,7 @@ def make_trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        strategy=_strategy(settings),
         precision="16-mixed" if hardware.dtype == torch.float16 else "32-true",  # the classifier handles bf16 itself
         max_epochs=training.epochs if epochs is None else epochs,
         accumulate_grad_batches=training.accumulate,
@@ -164,7 +174,30 @@ def quiet_lightning() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def leave_process_group() -> None:
-    """Ends the communication threads, because a thread still running when its process ends may abort it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+@contextmanager
+def process_group_left() -> Iterator[None]:
+    """Leaves the group of processes that training in the context forms, if it forms one.
+
+    A communication thread that still runs when its process ends may abort it. A process that fails is another matter:
+    the others may wait for it, and NCCL does not let it leave while they do. So it then ends without leaving.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _in_group() and not isinstance(error, Interrupted):
+            atexit.register(_end_at_once)  # runs before Lightning's own, which would leave the group
+        raise
+    if _in_group():
         torch.distributed.destroy_process_group()
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _end_at_once() -> None:
+    """Ends this process, which has failed."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)

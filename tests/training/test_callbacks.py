@@ -14,7 +14,7 @@ from finetuning.errors import TrainingFailed
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.files import read_result
 from finetuning.training import callbacks
-from finetuning.training.callbacks import Meter
+from finetuning.training.callbacks import Meter, ProgressLines
 from finetuning.training.checkpoints import BestCheckpoint
 from tests.common import ROOT, flags
 from tests.scripts import start_script
@@ -143,6 +143,17 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     meter.on_train_start(SimpleNamespace(world_size=1), module)  # type: ignore[arg-type]
     assert [place for _, place in meter._losses] == [torch.device(device)] * 2
     assert meter._every == every
+
+
+@pytest.mark.parametrize(("device", "batches", "lines"), [("cpu", 30, 30), ("cuda", 30, 3), ("cuda", 400, 20)])
+def test_lines_of_progress_read_the_loss_of_a_gpu_seldom(
+    device: str, batches: int, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer: Any = SimpleNamespace(num_training_batches=batches, is_global_zero=True, current_epoch=0, max_epochs=1)
+    module: Any = SimpleNamespace(device=torch.device(device))
+    for i in range(batches):
+        ProgressLines().on_train_batch_end(trainer, module, {"mean_loss": torch.tensor(0.5)}, None, i)
+    assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 AT_A_TERMINAL = """

@@ -1,14 +1,16 @@
 import os
 import subprocess
+import sys
 
 import pytest
 from lightning.fabric.strategies.launchers import subprocess_script
-from lightning.pytorch.strategies import launchers
+from lightning.pytorch.strategies import DDPStrategy, launchers
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.training import trainer
-from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, check_processes
+from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, _strategy, check_processes
+from tests.common import ROOT
 
 
 def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +21,35 @@ def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(monke
     dead.wait()
     PatientObserver(main_pid=os.getpid(), child_processes=[dead], sleep_period=1).run()
     assert done == [1, GRACE_SECONDS, os.getpid()]
+
+
+FAILS = """
+import atexit, time, torch
+from finetuning.training.trainer import process_group_left
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+atexit.register(time.sleep, 600)  # as NCCL's end of the group waits for ranks that wait for this one
+try:
+    with process_group_left():
+        raise RuntimeError
+except RuntimeError:
+    print("recorded", end="")
+"""
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others() -> None:
+    ended = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "recorded")
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [({}, False), ({"strategy": "ddp"}, False), ({"strategy": "ddp_find_unused_parameters_true"}, True)],
+)
+def test_ranks_do_not_send_each_other_buffers(given: dict[str, str], unused: bool) -> None:
+    assert _strategy(RunConfig.from_settings(strategy="ddp").hardware) == "ddp", "of one process it is Lightning's"
+    strategy = _strategy(RunConfig.from_settings(devices=2, **given).hardware)
+    assert isinstance(strategy, DDPStrategy)
+    assert strategy._ddp_kwargs == {"find_unused_parameters": unused, "broadcast_buffers": False}
 
 
 SLURM_TASKS = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
