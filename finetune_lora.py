@@ -15,7 +15,7 @@ from finetuning.caches import cache_table, clear_caches
 from finetuning.config import RunConfig, resumed_config
 from finetuning.errors import exit_status
 from finetuning.flags import given_flags, split_command
-from finetuning.processes import fast_imports, is_helper, share_processors, show_any_text, stoppable
+from finetuning.processes import fast_imports, is_helper, settle_environment, share_processors, show_any_text, stoppable
 from finetuning.processor import limit_libraries
 from finetuning.runs.directory import run_directory, settings_to_run
 from finetuning.runs.files import REPORT, read_settings
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         defaults: defaults that replace the usual ones, for example those of DistilRoberta.
     """
     show_any_text()
+    settle_environment()
     words = sys.argv[1:] if argv is None else argv
     return exit_status(lambda: command(words, defaults or {}), "interrupted before training")
 

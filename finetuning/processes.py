@@ -19,7 +19,8 @@ BUSY = 0.3  # cores; a shell and the services of a machine take less
 SPINS, SPINS_IF_BUSY = "30000", "100"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # which process of several this is
-OF_A_TASK = (*RANKS, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+NUMBERS = (*RANKS, "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "WORLD_SIZE")
+OF_A_TASK = (*NUMBERS, "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
 
 
@@ -32,6 +33,23 @@ def show_any_text() -> None:
     """What a person reads is printed on any terminal: a character that its encoding lacks is spelled."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does it by default
+
+
+def settle_environment() -> None:
+    """Replaces variables with which libraries would fail; to be called before anything reads them.
+
+    Files for containers set some to nothing. Pictures go to files, whatever shows them elsewhere.
+    """
+    for name in NUMBERS:
+        if not os.environ.get(name, "0").isdecimal():
+            del os.environ[name]
+    os.environ["MPLBACKEND"] = "agg"
+
+
+def be_nobodys_task() -> None:
+    """Forgets that srun or torchrun has started this process as one of several: it works by itself, as its runs do."""
+    for name in OF_A_TASK:
+        os.environ.pop(name, None)
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -28,7 +28,8 @@ def cache_dir() -> Path:
         UserError: the variable is not set and the user has no home folder.
     """
     try:
-        return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
+        given = os.environ.get("FINETUNE_LORA_CACHE")
+        return Path(given or "~/.cache/finetune_lora").expanduser()  # no shell expands it in a file of variables
     except RuntimeError:
         raise UserError("you have no home folder for caches: set FINETUNE_LORA_CACHE to a folder") from None
 

@@ -23,6 +23,7 @@ from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
 from finetuning.forking import can_fork
+from finetuning.processes import OF_A_TASK, is_helper, srun_tasks
 from finetuning.runs.files import ADAPTER, write_result
 from finetuning.runs.history import write_predictions
 from tests.common import DIVERGED, ROOT, TUNED, contents, leave_run, one_thread, plan, scored, write_study
@@ -463,13 +464,20 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
         assert environment["forked"] is can_fork()
 
 
-def test_a_run_is_nobodys_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_and_its_runs_are_nobodys_task(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """srun and torchrun may start this command several times, and a run would take their variables for its own."""
-    names = {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"}
-    for name in names:
+    for name in ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"):
         monkeypatch.setenv(name, "1")
+    others = dict(os.environ)
+    assert main(["tune", "--space"]) == 0
+    assert "learning_rate" in capsys.readouterr().out
+    assert not is_helper()
+    assert srun_tasks() == 1
     environment = Starter(ROOT / "finetune_lora.py", jobs=1, fork=False).environment
-    assert environment.keys() == os.environ.keys() - names
+    assert environment == os.environ
+    assert others.keys() - environment.keys() == set(OF_A_TASK) & others.keys()
 
 
 def test_runs_at_once_take_the_gpu_with_the_fewest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

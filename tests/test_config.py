@@ -502,3 +502,5 @@ def test_a_config_cannot_be_changed() -> None:
 def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FINETUNE_LORA_CACHE", raising=False)
     assert cache_dir() == Path.home() / ".cache" / "finetune_lora"
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", "~/elsewhere")  # as a file of variables has it, which no shell reads
+    assert cache_dir() == Path.home() / "elsewhere"

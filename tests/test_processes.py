@@ -26,6 +26,17 @@ def another_process(code: str) -> Iterator[None]:
             process.kill()
 
 
+def test_variables_that_would_stop_libraries_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "", "WORLD_SIZE": "x", "LOCAL_RANK": "-1", "NODE_RANK": "1", "MPLBACKEND": "Qt4Agg"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    processes.settle_environment()
+    assert {name: os.environ.get(name) for name in given} == dict.fromkeys(given) | {
+        "NODE_RANK": "1",
+        "MPLBACKEND": "agg",
+    }
+
+
 def test_a_closed_terminal_asks_to_stop_but_not_after_nohup() -> None:
     with handled([signal.SIGHUP], signal.SIG_DFL):
         assert processes.stop_signals() == [*STOP_SIGNALS, signal.SIGHUP]

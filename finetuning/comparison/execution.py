@@ -20,7 +20,7 @@ from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
 from finetuning.gpus import VISIBLE, visible_cards
-from finetuning.processes import OF_A_TASK, STOP_SIGNALS, handled, spin_variables, stop_signals, usable_cores
+from finetuning.processes import STOP_SIGNALS, handled, spin_variables, stop_signals, usable_cores
 from finetuning.runs.checkpoints import has_checkpoint
 
 STOPPED = (130, *(-number for number in STOP_SIGNALS))  # exit status of a run that was asked to stop
@@ -116,8 +116,7 @@ class Starter:
 
     def __init__(self, script: Path, jobs: int, fork: bool) -> None:
         self.script = script
-        # srun or torchrun may have started this command several times: a run is nobody's task
-        self.environment = {name: value for name, value in os.environ.items() if name not in OF_A_TASK}
+        self.environment = dict(os.environ)
         if jobs > 1:
             self.environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
         self._cards = visible_cards() if jobs > 1 else []

@@ -165,7 +165,7 @@ def read_plan(path: Path) -> StudyPlan:
         UserError: the file cannot be read, or a key or value is not allowed. The message names file, row and key.
     """
     with as_user_error(f"{path} cannot be read", OSError, ValueError):  # ValueError: no TOML, or not UTF-8
-        content = tomllib.loads(path.read_text(encoding="utf8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     with as_user_error(str(path), UserError):
         return _plan(path.stem, content)
 

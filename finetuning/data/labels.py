@@ -5,8 +5,9 @@ labels reach every part in proportion, as far as their texts allow.
 """
 
 import dataclasses
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +25,21 @@ EXACT = 2**53  # a table holds larger whole numbers only nearly
 FEWEST_IDS = 20  # different labels: fewer are classes, however few texts there are
 MEASUREMENTS = 20  # different numbers with a fraction: so many are hardly names of classes
 STRATIFIED = "splits and limits are stratified by each text's rarest label"
+
+
+def same_spelling(name: str) -> str:
+    """What is left of a label without what people do not see or mean: capitals, spaces, character codes.
+
+    An accent may be a code of its own, or part of its letter's; and some codes have no shape at all.
+    """
+    shaped = (c for c in name if not c.isspace() and unicodedata.category(c) != "Cf")
+    return unicodedata.normalize("NFKC", "".join(shaped)).casefold()
+
+
+def misspelled(name: str, known: Iterable[str]) -> str:
+    """A clause that an unknown label is a known one in another spelling, with the codes of both; empty if it is not."""
+    alike = next((other for other in known if same_spelling(other) == same_spelling(name)), None)
+    return "" if alike is None else f"it is {name!a}, and the other {alike!a}: spell them alike"
 
 
 def as_number(text: str) -> int | float | None:

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import as_number, doubt_about, encode_multi_label, is_multi_label, rarest_labels
+from finetuning.data.labels import (
+    as_number,
+    doubt_about,
+    encode_multi_label,
+    is_multi_label,
+    misspelled,
+    rarest_labels,
+)
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError, counted
@@ -191,7 +198,8 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
         return kept, dropped
     missing, everything = sorted(set(held_out.label) - set(train.label)), {*held_out.label, *train.label}
     if missing:
-        doubt = doubt_about([names[i] for i in sorted(everything)], len(train) + len(held_out))
+        doubt = misspelled(names[missing[0]], (names[i] for i in sorted(set(train.label))))
+        doubt = doubt or doubt_about([names[i] for i in sorted(everything)], len(train) + len(held_out))
         removed = f" (after {dropped} texts that also appear in validation or test were removed from train)"
         raise UserError(
             f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"

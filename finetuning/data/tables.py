@@ -107,6 +107,7 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
         label = label.astype(label.cat.categories.dtype if label.notna().all() else object)
     if label.map(lambda value: isinstance(value, Decimal)).any():  # whole numbers of Snowflake and others
         label = pd.to_numeric(label)
+    label = shortest_numbers(label)
     if data.label_separator is not None:  # a text may have no label
         label = label.where(label.notna(), "")
     for name, text in texts.items():
@@ -124,6 +125,11 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
         hint = separator_hint(sorted(set(label[~empty].astype(str))))
     _refuse_rows(table.index[empty.to_numpy(bool)], "label", f"--label_column {data.label_column}", path, hint)
     return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
+
+
+def shortest_numbers(label: pd.Series) -> pd.Series:
+    """Labels of 16 or 32 bits, such as 0.1, as people write them: as 64 bits they would be 0.10000000149011612."""
+    return label.astype(str).astype(float) if label.dtype in (np.float16, np.float32) else label
 
 
 def _no_text(columns: pd.DataFrame) -> str:

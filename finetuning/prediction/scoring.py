@@ -11,8 +11,8 @@ import pandas as pd
 
 from finetuning.data.columns import texts_in
 from finetuning.data.files import UNREADABLE
-from finetuning.data.labels import as_number
-from finetuning.data.tables import class_names, split_files
+from finetuning.data.labels import as_number, misspelled
+from finetuning.data.tables import class_names, shortest_numbers, split_files
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Answered, Source
@@ -28,7 +28,7 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
     Args:
         file: what ``--file`` gave.
         column: of its labels.
-        trained: the classifier.
+        trained: the classifier. An exported folder does not know its data set, but its classes have numbers.
     """
     data = trained.config.data
     places = [(file, column)]
@@ -40,7 +40,9 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
         with suppress(*UNREADABLE):  # the reading that follows says it
             own = own or (class_names(path, name) if path.is_file() else None)
     own = own if own and set(own) & set(trained.label_names) else None  # of other classes
-    return traits_of(data.dataset).label_names or own or ()
+    if not trained.exported:
+        return traits_of(data.dataset).label_names or own or ()
+    return own or (() if any(as_number(name) is not None for name in trained.label_names) else trained.label_names)
 
 
 def trained_on(file: Path, data: DataSettings) -> bool:
@@ -103,7 +105,7 @@ class Score:
                 if unknown := [label for label in found if label not in self._places]:
                     raise UserError(
                         f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
-                        f" {', '.join(self._places)}"
+                        f" {misspelled(unknown[0], self._places) or ', '.join(self._places)}"
                     )
                 labelled |= bool(found) or (lists and any(labels is not None for labels in true))
                 there |= self.column in table
@@ -146,7 +148,7 @@ class Score:
         """The labels of each text; ``None`` if they are not known."""
         if self.column not in table:  # of a chunk of objects: others may have it
             return [None] * len(table)
-        return [self._labels(value) for value in table[self.column].tolist()]
+        return [self._labels(value) for value in shortest_numbers(table[self.column]).tolist()]
 
     def _labels(self, value: object) -> set[str] | None:
         if isinstance(value, np.ndarray):  # a list of a parquet file

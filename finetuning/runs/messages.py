@@ -177,7 +177,12 @@ def called(name: str, *words: object) -> str:
     if not installed.exists():
         file = Path(__file__).parents[2] / SCRIPTS[name]
         start = [_callable("python", Path(sys.executable)), os.path.relpath(file)]
-    return shlex.join([*start, *map(str, words)])
+    return shlex.join([*start, *map(typed, words)])
+
+
+def typed(word: object) -> str:
+    """A word of a command. A path that begins with a dash would be read as a flag."""
+    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
 
 
 def _callable(name: str, path: Path) -> str:

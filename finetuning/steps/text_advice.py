@@ -12,7 +12,7 @@ from finetuning.runs.adapters import Adapter
 from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
-from finetuning.training.tasks import Task
+from finetuning.training.tasks import SingleLabel, Task
 
 FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
 FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
@@ -20,6 +20,7 @@ ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 t
 TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
 MOSTLY_CUT = 0.5  # of the training texts: if so many are cut, what decides may often be lost
 MANY_STEPS = 2  # times those that the rule for epochs expects, which knows numbers of texts and no lengths
+ADVISED_FOLDS = 5
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
@@ -37,13 +38,28 @@ def advice_on_texts(config: RunConfig, base: BaseModel, task: Task, labels: Mapp
         return advice
     training, validation = len(labels["train"]), len(labels["validation"])
     counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
-    advice += validation_advice(training, validation, counts, config.data, config.takes_kfold)
+    advice += validation_advice(training, validation, counts, config.data, takes_kfold(config, task, labels))
     reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
     return advice + (pooling_advice(training, config.name, config.lora) if reads_first else [])
 
 
+def takes_kfold(config: RunConfig, task: Task, labels: Mapping[str, np.ndarray]) -> bool:
+    """Whether a run could have ``--kfold 5`` as well: no flag excludes it, and there are texts for all folds.
+
+    Args:
+        config: the run's settings.
+        task: what is learned.
+        labels: of the texts of each split.
+    """
+    if not config.takes_kfold:
+        return False
+    pool = np.concatenate([labels["train"], labels["validation"]])
+    alone = isinstance(task, SingleLabel) and (task.counts(pool) == 1).any()  # one of several labels may be missing
+    return len(pool) >= ADVISED_FOLDS and not alone
+
+
 def validation_advice(
-    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, takes_kfold: bool
+    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, folds: bool
 ) -> list[str]:
     """What to try if validation has few texts, or takes longer than training; empty if a flag has chosen them.
 
@@ -51,7 +67,7 @@ def validation_advice(
         training, validation: number of texts.
         counts: class -> how many validation texts have it.
         data: ``kfold`` and ``limit_validation``.
-        takes_kfold: whether ``--kfold`` could be given.
+        folds: whether ``--kfold`` could be given.
     """
     if data.kfold or data.limit_validation:
         return []
@@ -68,8 +84,8 @@ def validation_advice(
     elif counts[rarest] < FEW_OF_A_CLASS:
         found = counted(counts[rarest], "text")
         doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
-    if doubt and takes_kfold:
-        advice.append(f"{doubt}: --kfold 5 needs no validation split and scores every training text")
+    if doubt and folds:
+        advice.append(f"{doubt}: --kfold {ADVISED_FOLDS} needs no validation split and scores every training text")
     return advice
 
 

@@ -16,6 +16,7 @@ from finetuning.runs.weights import save_trained
 from finetuning.steps.claim import Claim
 from finetuning.steps.folds import Folds
 from finetuning.steps.inputs import Inputs
+from finetuning.steps.text_advice import takes_kfold
 from finetuning.steps.watch import Watch
 from finetuning.training.label_advice import chance_advice, one_answer_advice
 from finetuning.training.memory import check_memory
@@ -96,7 +97,9 @@ def train(training: Training) -> TrainedRecord:
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, texts)
-    found += chance_advice(task, labels, logits, texts, kfold, training.claim.config.takes_kfold)
+    of_splits = {name: split.labels for name, split in training.inputs.texts.splits.items()}
+    folds_fit = takes_kfold(training.claim.config, task, of_splits)
+    found += chance_advice(task, labels, logits, texts, kfold, folds_fit)
     adapter, epochs = training.inputs.adapter, module.settings.epochs
     compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well
     if adapter is not None and adapter.knows(training.claim.config.data):

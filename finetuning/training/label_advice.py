@@ -1,10 +1,10 @@
 """What a run advises about its labels: one sentence for each thing to try."""
 
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
+from finetuning.data.labels import same_spelling
 from finetuning.runs.answers import Answers
 from finetuning.runs.records import FoldsRecord
 from finetuning.runs.scores import shows_learning
@@ -41,9 +41,7 @@ def spelling_advice(names: Sequence[str]) -> list[str]:
     """What to do if two labels differ only in capitals, spaces or codes, as people type them; empty if none do."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        # an accent may be a code of its own, or part of its letter's
-        same = unicodedata.normalize("NFKC", "".join(name.split())).casefold()
-        alike.setdefault(same, []).append(name)
+        alike.setdefault(same_spelling(name), []).append(name)
     twice = [" and ".join(map(ascii, found)) for found in alike.values() if len(found) > 1]  # which shows the codes
     if not twice:
         return []

@@ -112,7 +112,7 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
         UserError: the file cannot be read, or a key or value is not allowed. The message names file and key.
     """
     with as_user_error(f"--search {path}: cannot be read", OSError, ValueError):
-        content = tomllib.loads(path.read_text(encoding="utf8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     only_these = content.pop(REPLACE, False)
     with as_user_error(f"--search {path}", UserError):
         if not isinstance(only_these, bool):

@@ -49,7 +49,7 @@ class Asked:
         text = None
         if self.search is not None:
             with as_user_error(f"--search {self.search}: cannot be read", OSError, ValueError):
-                text = self.search.read_text(encoding="utf8")
+                text = self.search.read_text(encoding="utf-8-sig")
         file = r"^sqlite:///(?!/|:memory:|file:)(.+)"  # of a database; it gets its whole path
         storage = self.storage and re.sub(file, lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage)
         same = {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}

@@ -312,6 +312,11 @@ def test_a_study_says_what_it_asks(tmp_path: Path, content: str) -> None:
         read_plan(tmp_path / "study.toml")
 
 
+def test_a_file_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text('question = "why"\n[[rows]]\nname = "a"\n', encoding="utf-8-sig")
+    assert read_plan(tmp_path / "study.toml").question == "why"
+
+
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.toml cannot be read"):
         read_plan(tmp_path / "nowhere.toml")

@@ -5,6 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
@@ -84,6 +85,12 @@ def test_categories_are_their_values(tmp_path: Path) -> None:
 def test_whole_numbers_of_databases_are_their_values(tmp_path: Path) -> None:
     frame(30).assign(label=[Decimal(1 + i % 2) for i in range(30)]).to_parquet(tmp_path / "train.parquet")
     assert texts_of(text_config(tmp_path)).label_names == ["1", "2"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_short_floats_are_what_people_write(tmp_path: Path, dtype: type) -> None:
+    frame(30).assign(label=np.array([0.1, 0.5, 1] * 10, dtype)).to_parquet(tmp_path / "train.parquet")
+    assert texts_of(text_config(tmp_path)).label_names == ["0.1", "0.5", "1.0"]
 
 
 @pytest.mark.parametrize("twice", ["text", "label", "other"])

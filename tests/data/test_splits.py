@@ -182,6 +182,12 @@ def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None
     frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(UserError, match="label '2' appears in validation or test but not in train"):
         texts_of(text_config(tmp_path))
+    frame(30).assign(label=["caf\u00e9", "tea"] * 15).to_csv(tmp_path / "train.csv", index=False)
+    frame(30, 2, "test").assign(label=["cafe\u0301", "tea"] * 15).to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match=r"train: it is 'cafe\\u0301', and the other 'caf\\xe9': spell them alike"):
+        texts_of(text_config(tmp_path))
+    frame(30).to_csv(tmp_path / "train.csv", index=False)
+    frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
         texts_of(RunConfig.from_settings(data_dir=tmp_path))
 

@@ -93,6 +93,21 @@ def test_numbers_are_codes_where_the_data_set_or_the_file_names_its_classes(tmp_
     assert label_codes(tmp_path / "test.csv", "y", own) == ["1", "0"], "as training reads it next to such a file"
 
 
+def test_an_export_has_numbers_for_its_classes_unless_they_are_numbers(tmp_path: Path) -> None:
+    export = replace(TRAINED, exported=True, label_names=["negative", "positive"])
+    assert label_codes(tmp_path / "test.csv", "y", export) == ["negative", "positive"]
+    assert not label_codes(tmp_path / "test.csv", "y", replace(export, label_names=["1", "2"]))
+
+
+def test_a_label_in_another_spelling_is_shown_by_its_codes() -> None:
+    trained = replace(TRAINED, label_names=["caf\u00e9", "tea"])
+    line = refusal_of(list, Score(trained, "y").checking(source(["cafe\u0301"])).tables())
+    assert line.endswith(r"labels: it is 'cafe\u0301', and the other 'caf\xe9': spell them alike")
+    short = replace(TRAINED, label_names=["0.1", "0.5"])
+    table = pd.DataFrame({"text": ["a", "b"], "y": np.array([0.1, 0.5], np.float32)})
+    assert Score(short, "y")._true(table) == [{"0.1"}, {"0.5"}]
+
+
 @pytest.mark.parametrize("separator", [None, ";"])
 def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) -> None:
     multi, generator = replace(TRAINED, threshold=0.5), np.random.default_rng(0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finetuning.config import RunConfig
-from finetuning.runs.files import read_result
+from finetuning.runs.files import LAST_CHECKPOINT, read_result
+from finetuning.runs.messages import called
 from finetuning.runs.recording import NO_PRIMITIVE, recorded
 
 ADVICE = "lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept"
@@ -34,3 +35,15 @@ def test_the_reason_of_a_failure_is_one_line(
     assert line.startswith(f"failed: {begin}")
     result = read_result(tmp_path)
     assert (result["status"], f"failed: {result['error']}") == ("failed", line)
+
+
+def test_a_directory_that_begins_with_a_dash_is_no_flag_of_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (directory := Path("-run")).mkdir()
+    (directory / LAST_CHECKPOINT).touch()
+    with recorded(directory, RunConfig.from_settings().to_dict()):
+        raise KeyboardInterrupt
+    assert "--resume --output_dir ./-run\n" in capsys.readouterr().err
+    assert called("predict", directory).endswith(" ./-run")

@@ -54,6 +54,19 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
 
 
 @pytest.mark.parametrize(
+    ("training", "validation", "fits"),
+    [([0, 0, 1], [1, 0], True), ([0, 0, 0, 1], [0, 0], False), ([0, 0, 1], [1], False)],
+    ids=["enough", "a class of one text", "four texts"],
+)
+def test_folds_are_advised_only_where_they_are_possible(training: list[int], validation: list[int], fits: bool) -> None:
+    labels = {"train": np.array(training), "validation": np.array(validation), "test": np.arange(2)}
+    config = config_of_flags("--accelerator cpu --model_name packaged")
+    task = make_task(labels, ["a", "b"], config.training)
+    found = advice_on_texts(config, find_base_model(config), task, labels)
+    assert any("--kfold" in sentence for sentence in found) == fits
+
+
+@pytest.mark.parametrize(
     ("training", "validation", "flags", "advises"),
     [
         (500, 2388, "", True),

@@ -251,6 +251,7 @@ def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
 
 def test_labels_that_people_have_typed_differently_bring_advice() -> None:
     assert spelling_advice(["billing", "shipping", "bill"]) == []
+    assert spelling_advice(["pos", "pos\u200b", "neg"])[0].endswith(r"'pos' and 'pos\u200b': spell them alike")
     assert spelling_advice(["caf\u00e9", "cafe\u0301", "cafe"])[0].endswith(
         r"'caf\xe9' and 'cafe\u0301': spell them alike"
     )

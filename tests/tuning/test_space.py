@@ -28,7 +28,7 @@ def values(space: Space, name: str) -> tuple[Any, ...]:
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "space.toml"
-    path.write_text(text, encoding="utf8")
+    path.write_text(text, encoding="utf-8-sig")  # with the mark of Windows
     return path
 
 
