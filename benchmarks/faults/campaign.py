@@ -22,11 +22,10 @@ from benchmarks.faults.plan import FAULTS
 from benchmarks.faults.runs import Broken, Commands, Fault, Seen, Undisturbed
 from benchmarks.tiny import make_tiny_folder, write_splits
 from finetuning.pages import renew_tables
-from finetuning.runs.measurements import COMMIT
+from finetuning.runs.measurements import git_commit
 
 TABLE = "faults"  # in the markers of the page
 DRAWS = 8  # of a trial, until its fault disturbs something
-CODE = COMMIT["commit"][:7] + "+" * COMMIT["modified"] if COMMIT else "unknown"  # a plus sign: with changes
 COMMAND = "make campaign CAMPAIGN_FLAGS='--seed {seed} --only \"NAME\"'"
 
 
@@ -82,7 +81,7 @@ class Campaign:
             break
         seconds = round(time.monotonic() - began, 2)
         record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": found.text}
-        record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": CODE}
+        record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": code_of_trials()}
         record["date"] = date.today().isoformat()
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
@@ -124,6 +123,12 @@ class Campaign:
         tried = "; ".join(f"{count} of {when}" for when, count in whens.items()) or "none"
         command = COMMAND.format(seed=self.seed)
         return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{command}`."
+
+
+def code_of_trials() -> str:
+    """The commit of the files now, which the trials' processes load, with a plus sign if some differ from it."""
+    found = git_commit()
+    return found["commit"][:7] + "+" * found["modified"] if found else "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from finetuning.comparison.collected import Study
-from finetuning.comparison.over_sets import LEAST_SETS, SECONDS, Grid, compare_pair, conditions, grid_of, mean_of_sets
+from finetuning.comparison.over_sets import (
+    LEAST_SETS,
+    SECONDS,
+    Grid,
+    Pair,
+    compare_pair,
+    conditions,
+    grid_of,
+    mean_of_sets,
+)
 from finetuning.pages import Table, dated
 
 NAME = "decisions"  # of the table on a page
@@ -55,20 +64,17 @@ def decisions_table(studies: Mapping[str, Study]) -> str:
     rows, environments = [], []
     for decision in DECISIONS:
         grid = grids.get(decision.study)
-        cells = decision_cells(grid, decision) if grid else None
+        pair = compare_pair(grid, decision.method, decision.default) if grid else None
+        cells = decision_cells(pair, decision) if pair else None
         rows.append((decision.take, *(cells or (*[""] * (len(COLUMNS) - 2), MISSING))))
-        if grid and cells:
-            environments += grid.environments(decision.method, decision.default)
+        environments += pair.grid.environments() if pair else []
     return dated(Table(COLUMNS, rows), environments)
 
 
-def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
-    """A row without its first cell; ``None`` if too few sets have both methods."""
-    methods = decision.method, decision.default
-    pair = compare_pair(grid, *methods)
-    if pair is None:
-        return None
-    sets = list(pair.grid.runs)
+def decision_cells(pair: Pair, decision: Decision) -> tuple[str, ...]:
+    """A row without its first cell."""
+    methods, grid = (decision.method, decision.default), pair.grid
+    sets = list(grid.runs)
     texts = [grid.texts(name, decision.method) for name in sets]
     return (
         "both" if all(m in grid.trials.get(name, ()) for name in sets for m in methods) else "",
@@ -76,8 +82,8 @@ def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
         str(len(sets)),
         pair.difference,
         typical(pair.chances),
-        _ratio(pair.grid, methods, *SECONDS),
-        _ratio(pair.grid, methods, "memory", "peak_bytes"),
+        _ratio(grid, methods, *SECONDS),
+        _ratio(grid, methods, "memory", "peak_bytes"),
         how_sure(max(pair.chances.values()), len(sets)),
     )
 

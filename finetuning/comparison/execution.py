@@ -1,6 +1,7 @@
 """Runs the runs of a study, one or several at once, each in a process of its own."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ PRELOADED = (
 )  # fmt: skip
 
 Process = subprocess.Popen[bytes] | ForkedProcess
-CHOOSES_CARDS = frozenset({"--device", "--devices", "--num_nodes"})
+CHOOSES_CARDS = frozenset({"--device", "--devices", "cpu"})  # cpu: of --accelerator
 
 
 class StopSignals:
@@ -120,6 +121,7 @@ class Starter:
         if jobs > 1:
             self.environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
         self._cards = visible_cards() if jobs > 1 else []
+        random.shuffle(self._cards)  # several commands on one machine begin with others
         self._on_cards: list[tuple[Process, str]] = []
         self._fork = fork and can_fork()
         self._spins: dict[str, str] = {}

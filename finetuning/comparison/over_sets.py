@@ -58,9 +58,9 @@ class Grid:
         """The number of training texts of the method's runs on a set; 0 if they do not say it."""
         return self.runs[name][method][0].get("data", "sizes", "train") or 0
 
-    def environments(self, *methods: str) -> list[dict[str, Any]]:
-        """Where the tested runs of these methods were made; of all methods if none is named."""
-        return [run.environment for own in self.runs.values() for m in methods or own for run in own.get(m, ())]
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the tested runs were made."""
+        return [run.environment for own in self.runs.values() for runs in own.values() for run in runs]
 
     def means(self, method: str, sets: Iterable[str]) -> list[float]:
         """The method's mean accuracy on each set, in %."""

@@ -20,8 +20,7 @@ from finetuning.comparison.packed import RUNS, Record, change_records, read_reco
 from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
 from finetuning.errors import UserError, as_user_error, first_line
-from finetuning.flags import from_flags
-from finetuning.processes import srun_tasks
+from finetuning.flags import flag_words, from_flags
 from finetuning.runs.files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -81,7 +80,8 @@ class StudyRuns:
             run: one of the study's runs.
             script: the path of ``finetune_lora.py``.
         """
-        return [os.path.relpath(script), *run.flags(self.data_dir), "--output_dir", str(self.directory(run))]
+        own = flag_words({"output_dir": self.directory(run)})
+        return [os.path.relpath(script), *run.flags(self.data_dir), *own]
 
     def check_flags(self) -> None:
         """Checks the flags of every run with the real ``--data_dir``, and that its data are there, before one starts.
@@ -95,9 +95,9 @@ class StudyRuns:
                 raise UserError(f"--data_dir: the study needs it: {inside}")
             with as_user_error(f"row {run.row}", UserError):
                 config = from_flags(run.flags(self.data_dir))
-                folder, processes = config.data.data_dir, config.hardware.processes
-                if processes > 1 and srun_tasks() > 1:  # each task is this command, and waits for a run of another one
-                    raise UserError(f"its runs are {processes} processes each: give them to sbatch without a study")
+                folder, nodes = config.data.data_dir, config.hardware.num_nodes
+                if nodes > 1:  # nobody would start the processes of the others
+                    raise UserError(f"its runs are on {nodes} nodes each: give them to sbatch without a study")
                 if folder is not None and not folder.exists():
                     raise UserError(f"--data_dir {folder}: no such file or folder")
 

@@ -41,6 +41,12 @@ class LabelledTexts:
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
         return LabelledTexts([self.texts[i] for i in positions], self.labels[positions], self.rows[positions], pairs)
 
+    def followed_by(self, other: "LabelledTexts") -> "LabelledTexts":
+        """These texts and then those of another split of the same data."""
+        pairs = None if self.pairs is None else [*self.pairs, *(other.pairs or ())]
+        labels, rows = np.concatenate([self.labels, other.labels]), np.concatenate([self.rows, other.rows])
+        return LabelledTexts([*self.texts, *other.texts], labels, rows, pairs)
+
     def by_row(self) -> dict[int, tuple[str, ...]]:
         """Row -> its text, or the two texts of its pair."""
         columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)

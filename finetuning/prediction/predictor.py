@@ -22,7 +22,15 @@ from finetuning.prediction.rows import PAIR, TEXT, Answered, Source
 from finetuning.prediction.trained import Trained, read_trained
 from finetuning.runs.loading import base_of_run, load_classifier
 from finetuning.settings import HardwareSettings
-from finetuning.training.hardware import Hardware, multiplies_bf16, prepare_process, resolve_hardware, without_int8
+from finetuning.training.hardware import (
+    Hardware,
+    gpu_obstacle,
+    multiplies_bf16,
+    prepare_process,
+    resolve_hardware,
+    seen_gpus,
+    without_int8,
+)
 
 
 class Predictor:
@@ -181,7 +189,7 @@ def _dtype(hardware: Hardware, base: BaseModel) -> torch.dtype:
 def on_this_machine(stored: HardwareSettings) -> dict[str, Any]:
     """Settings of a run, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
     accelerator = "cpu" if stored.accelerator == "cpu" else "auto"
-    without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
+    without_gpu = accelerator == "cpu" or gpu_obstacle([0] if seen_gpus() else []) is not None
     lacking = stored.precision == "int8" or (stored.precision == "fp16" and without_gpu)
     lacking |= stored.precision == "bf16" and not without_gpu and not multiplies_bf16(0)
     return {

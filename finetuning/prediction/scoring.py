@@ -148,7 +148,9 @@ class Score:
         """The labels of each text; ``None`` if they are not known."""
         if self.column not in table:  # of a chunk of objects: others may have it
             return [None] * len(table)
-        return [self._labels(value) for value in shortest_numbers(table[self.column]).tolist()]
+        column = table[self.column]
+        both = zip(column.tolist(), shortest_numbers(column).tolist(), strict=True)
+        return [self._labels(long if str(long) in self._places else short) for long, short in both]  # long: older runs
 
     def _labels(self, value: object) -> set[str] | None:
         if isinstance(value, np.ndarray):  # a list of a parquet file

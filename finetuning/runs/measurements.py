@@ -141,7 +141,7 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return platform.processor()
 
 
-def _git_commit() -> dict[str, Any] | None:
+def git_commit() -> dict[str, Any] | None:
     """The commit of this suite, its date, and whether files differ from it; ``None`` if this is no git checkout."""
     git = shutil.which("git")
     if git is None:
@@ -160,4 +160,4 @@ def _git_commit() -> dict[str, Any] | None:
     return None
 
 
-COMMIT = _git_commit()  # of the code that this process has loaded: the files may change while studies fork runs from it
+COMMIT = git_commit()  # of the code that this process has loaded: the files may change while studies fork runs from it

@@ -177,12 +177,10 @@ def called(name: str, *words: object) -> str:
     if not installed.exists():
         file = Path(__file__).parents[2] / SCRIPTS[name]
         start = [_callable("python", Path(sys.executable)), os.path.relpath(file)]
-    return shlex.join([*start, *map(typed, words)])
-
-
-def typed(word: object) -> str:
-    """A word of a command. A path that begins with a dash would be read as a flag."""
-    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+    paths = {str(word) for word in words if isinstance(word, Path)}  # one that begins with a dash would be a flag
+    return shlex.join(
+        [*start, *(f"./{word}" if word[:1] == "-" and word in paths else word for word in map(str, words))]
+    )
 
 
 def _callable(name: str, path: Path) -> str:

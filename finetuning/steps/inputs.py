@@ -30,6 +30,7 @@ from finetuning.steps.text_advice import (
     head_advice,
     known_texts_advice,
     step_advice,
+    takes_kfold,
 )  # fmt: skip
 from finetuning.training.budget import LEAST_EPOCHS, automatic_epochs, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
@@ -118,7 +119,8 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     size = whole, len(texts.label_names), config.hardware.processes
     found |= training_budget(config.training, *size)
     task, advice = task_of(texts, config.training)
-    advice += advice_on_texts(config, base, task, {name: split.labels for name, split in texts.splits.items()})
+    of_splits = {name: split.labels for name, split in texts.splits.items()}
+    advice += advice_on_texts(config, base, task, of_splits, takes_kfold(config, texts))
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 
 from finetuning.config import RunConfig
+from finetuning.data.folds import fold_numbers
+from finetuning.data.texts import TextData
 from finetuning.errors import UserError, counted, listed
 from finetuning.models.base_model import BaseModel
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
-from finetuning.training.tasks import SingleLabel, Task
+from finetuning.training.tasks import Task
 
 FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
 FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
@@ -24,7 +27,9 @@ ADVISED_FOLDS = 5
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
-def advice_on_texts(config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray]) -> list[str]:
+def advice_on_texts(
+    config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray], folds: bool
+) -> list[str]:
     """What to try for texts of these numbers, and what they cannot tell.
 
     Args:
@@ -32,30 +37,27 @@ def advice_on_texts(config: RunConfig, base: BaseModel, task: Task, labels: Mapp
         base: its model.
         task: what is learned.
         labels: of the texts of each split.
+        folds: whether ``--kfold`` could be given.
     """
     advice = missing_advice(task, labels["test"]) if config.run.test else []
     if config.training.epochs == 0:
         return advice
     training, validation = len(labels["train"]), len(labels["validation"])
     counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
-    advice += validation_advice(training, validation, counts, config.data, takes_kfold(config, task, labels))
+    advice += validation_advice(training, validation, counts, config.data, folds)
     reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
     return advice + (pooling_advice(training, config.name, config.lora) if reads_first else [])
 
 
-def takes_kfold(config: RunConfig, task: Task, labels: Mapping[str, np.ndarray]) -> bool:
-    """Whether a run could have ``--kfold 5`` as well: no flag excludes it, and there are texts for all folds.
-
-    Args:
-        config: the run's settings.
-        task: what is learned.
-        labels: of the texts of each split.
-    """
+def takes_kfold(config: RunConfig, texts: TextData) -> bool:
+    """Whether a run could have ``--kfold 5`` as well, which pools the texts of train and validation."""
     if not config.takes_kfold:
         return False
-    pool = np.concatenate([labels["train"], labels["validation"]])
-    alone = isinstance(task, SingleLabel) and (task.counts(pool) == 1).any()  # one of several labels may be missing
-    return len(pool) >= ADVISED_FOLDS and not alone
+    with suppress(UserError):
+        pool = texts.splits["train"].followed_by(texts.splits["validation"])
+        fold_numbers(pool, texts.label_names, ADVISED_FOLDS, config.data.data_seed)
+        return True
+    return False
 
 
 def validation_advice(

@@ -97,8 +97,7 @@ def train(training: Training) -> TrainedRecord:
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, texts)
-    of_splits = {name: split.labels for name, split in training.inputs.texts.splits.items()}
-    folds_fit = takes_kfold(training.claim.config, task, of_splits)
+    folds_fit = takes_kfold(training.claim.config, training.inputs.texts)
     found += chance_advice(task, labels, logits, texts, kfold, folds_fit)
     adapter, epochs = training.inputs.adapter, module.settings.epochs
     compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well

@@ -188,12 +188,15 @@ class ProgressBar(TQDMProgressBar):
 
 
 class ProgressLines(Callback):
-    """Prints about 20 lines per epoch and one per validation. It replaces the bar if the output goes to a file."""
+    """Prints some 20 lines per epoch, on a GPU fewer of a short one, and one per validation.
+
+    They replace the bar if the output goes to a file.
+    """
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         total, done = int(trainer.num_training_batches), batch_idx + 1
         least = LEAST_STEPS_ON_GPU if pl_module.device.type == "cuda" else 1  # each reading of a loss waits for a GPU
-        if trainer.is_global_zero and done % max(least, total // 20) == 0:
+        if trainer.is_global_zero and (done % max(least, total // 20) == 0 or done == total < least):
             epoch = f"{PROGRESS}{trainer.current_epoch + 1}/{trainer.max_epochs}"
             say(f"{epoch}  batch {done}/{total}  loss {float(outputs['mean_loss']):.4f}")
 

@@ -1,6 +1,7 @@
 """Where a run takes place: device, precision, and memory settings of the process."""
 
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 
 from finetuning.errors import UserError, say
-from finetuning.gpus import has_driver
+from finetuning.gpus import VISIBLE, has_driver, visible_cards
 from finetuning.models import int8_products
 from finetuning.models.classifier import Classifier
 from finetuning.models.compiled import library
@@ -67,7 +68,7 @@ def resolve_hardware(settings: HardwareSettings, resumed: bool = False, half: bo
     Raises:
         UserError: a GPU that is not there, or a precision that the hardware does not have.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = seen_gpus()
     wanted = settings.accelerator == "gpu" or settings.device is not None
     if settings.device is not None and 0 < gpus <= settings.device:
         raise UserError(f"--device {settings.device}: this machine has {gpus} GPU(s), numbered from 0")
@@ -80,7 +81,7 @@ def resolve_hardware(settings: HardwareSettings, resumed: bool = False, half: bo
     if wanted and obstacle:
         flag = f"--device {settings.device}" if settings.device is not None else "--accelerator gpu"
         raise UserError(f"{flag}: {obstacle}; use --accelerator cpu")
-    if obstacle and has_driver() and not is_helper():
+    if obstacle and gpus and not is_helper():
         say(f"warning: {obstacle}; this run uses the CPU", sys.stderr)
     on_gpu = settings.accelerator != "cpu" and obstacle is None
     cards = cards if on_gpu else []
@@ -101,26 +102,38 @@ def gpu_obstacle(cards: Sequence[int]) -> str | None:
         cards: their numbers; none if torch sees no GPU.
     """
     if cards:
-        old = [f"GPU {card}, {torch.cuda.get_device_name(card)}" for card in cards if not _is_built_for(card)]
-        way = "install one for CUDA 12.6, see https://pytorch.org/get-started/locally"
-        return f"this build of torch has no code for {old[0]}: {way}" if old else None
+        strange = [f"GPU {card}, {torch.cuda.get_device_name(card)}" for card in cards if not _is_built_for(card)]
+        way = "install another one, see https://pytorch.org/get-started/locally (for GPUs older than T4: CUDA 12.6)"
+        return f"this build of torch has no code for {strange[0]}: {way}" if strange else None
     if not has_driver():
         return "this machine has no CUDA GPU"
-    if torch.version.cuda is None:
+    if os.environ.get(VISIBLE) is not None and not visible_cards():
+        return f"{VISIBLE} hides all GPUs"
+    if torch.version.cuda is None and torch.version.hip is None:
         return "this build of torch is for CPUs"
-    return f"torch sees no GPU: perhaps the driver is too old for CUDA {torch.version.cuda}, for which it was built"
+    built = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
+    return f"torch sees no GPU: perhaps the driver is too old for {built}, for which it was built"
+
+
+def seen_gpus() -> int:
+    """How many GPUs torch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _is_built_for(card: int) -> bool:
     """Whether this build of torch has code for a GPU. The builds for new versions of CUDA leave out old GPUs.
 
-    Code for ``sm_75`` also runs on later GPUs of its major version; ``compute_75`` is compiled for any later one.
+    Code for ``sm_75`` also runs on later GPUs of its major version, that for ``sm_90a`` on no other; ``compute_75`` is
+    compiled for any later one.
     """
-    major, minor = torch.cuda.get_device_capability(card)
-    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()]
-    parts = [(found[1], int(found[2]), int(found[3])) for found in built if found]  # none for ROCm
-    fits = ((m == major or kind == "compute") and (m, n) <= (major, minor) for kind, m, n in parts)
-    return not parts or any(fits)
+    own = torch.cuda.get_device_capability(card)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)f?", name) for name in torch.cuda.get_arch_list()]
+    parts = [(found[1] == "compute", bool(found[4]), (int(found[2]), int(found[3]))) for found in built if found]
+
+    def fits(compiled_later: bool, exact: bool, code: tuple[int, int]) -> bool:
+        return code == own or (not exact and code < own and (compiled_later or code[0] == own[0]))
+
+    return not parts or any(fits(*part) for part in parts)  # none for ROCm
 
 
 def _check_int8(on_gpu: bool, resumed: bool) -> None:

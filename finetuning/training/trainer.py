@@ -41,7 +41,11 @@ class PatientObserver(subprocess_script._ChildProcessObserver):
         super()._terminate_all()
 
 
+_children: list[Any] = []  # the processes that Lightning has started here
+
+
 def _observe(child_processes: list[Any]) -> None:
+    _children.extend(child_processes)
     PatientObserver(main_pid=os.getpid(), child_processes=child_processes).start()
 
 
@@ -183,9 +187,10 @@ def process_group_left() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        if _in_group() and not isinstance(error, Interrupted):
-            atexit.register(_end_at_once)  # runs before Lightning's own, which would leave the group
+    except BaseException as error:
+        if _in_group() and not isinstance(error, Interrupted):  # in which all ranks stop together
+            status = 1 if isinstance(error, Exception) else 130
+            atexit.register(_end_at_once, status)  # runs before Lightning's own, which would leave the group
         raise
     if _in_group():
         torch.distributed.destroy_process_group()
@@ -195,9 +200,11 @@ def _in_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _end_at_once() -> None:
-    """Ends this process, which has failed."""
+def _end_at_once(status: int) -> None:
+    """Ends this process, and those that it has started: nobody else would."""
+    for child in _children:
+        child.kill()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    os._exit(1)
+    os._exit(status)

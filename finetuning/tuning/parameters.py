@@ -111,13 +111,23 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
     Raises:
         UserError: the file cannot be read, or a key or value is not allowed. The message names file and key.
     """
-    with as_user_error(f"--search {path}: cannot be read", OSError, ValueError):
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    with as_user_error(f"--search {path}: cannot be read", ValueError):
+        content = tomllib.loads(search_text(path))
     only_these = content.pop(REPLACE, False)
     with as_user_error(f"--search {path}", UserError):
         if not isinstance(only_these, bool):
             raise UserError(f"{REPLACE}: must be true or false")
         return {name: _row(name, row) for name, row in content.items()}, only_these
+
+
+def search_text(path: Path) -> str:
+    """What the file of a space holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with as_user_error(f"--search {path}: cannot be read", OSError, ValueError):
+        return path.read_text(encoding="utf-8-sig")  # Windows may have marked it
 
 
 def model_anywhere(name: str) -> str:

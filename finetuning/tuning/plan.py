@@ -19,7 +19,7 @@ from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
 from finetuning.settings import FLAGS, shown_value
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
-from finetuning.tuning.parameters import MODEL, model_anywhere
+from finetuning.tuning.parameters import MODEL, model_anywhere, search_text
 from finetuning.tuning.space import Space
 from finetuning.tuning.trials import END, FAILED, Place
 
@@ -46,10 +46,7 @@ class Asked:
         given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in self.given.items()}
         if MODEL in given:
             given[MODEL] = model_anywhere(given[MODEL])
-        text = None
-        if self.search is not None:
-            with as_user_error(f"--search {self.search}: cannot be read", OSError, ValueError):
-                text = self.search.read_text(encoding="utf-8-sig")
+        text = None if self.search is None else search_text(self.search)
         file = r"^sqlite:///(?!/|:memory:|file:)(.+)"  # of a database; it gets its whole path
         storage = self.storage and re.sub(file, lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage)
         same = {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}

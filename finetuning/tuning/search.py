@@ -158,7 +158,7 @@ class Search:
 
     def _start(self, place: Place, number: int | None, settings: dict[str, Any], lock: int, claim: ExitStack) -> Job:
         words = [str(self.starter.script), *flag_words({**self.plan.given, **TRIAL_FLAGS, **settings})]
-        words += ["--output_dir", str(place.directory), *place.start_flags()]
+        words += [*flag_words({"output_dir": place.directory}), *place.start_flags()]
         child = self.starter.start(words, place.log, lock, may_fork=True, idle=not self.current)
         return Job(place, number, lock, claim.pop_all(), child)
 

@@ -349,7 +349,8 @@ def test_every_study_of_the_suite_can_be_planned_and_holds_no_place_of_one_machi
     study = read_plan(path)
     assert study.question.endswith("?")
     assert not [run.name for run in study.runs if "/" in str(run.settings.get("model_name", ""))]
-    stated = [run for run in study.runs if not run.row.endswith(AUTO) and not run.waits_for and path.stem != "own_texts"]
+    runs = [] if path.stem == "own_texts" else study.runs  # it is to be copied
+    stated = [run for run in runs if not run.row.endswith(AUTO) and not run.waits_for]
     trainings = [from_flags(run.flags(Path())).training for run in stated]
     assert not [t for t in trainings if None in (t.epochs, t.batch_size, t.patience)], "what auto chooses may change"
 

@@ -54,17 +54,12 @@ def test_states_are_read_from_what_a_run_leaves() -> None:
     assert runs.state(runs.study.runs[0]) == "changed"
 
 
-def test_runs_of_several_processes_are_refused_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, _ = studies('devices = 2\nstrategy = "ddp"')
+def test_runs_on_several_nodes_are_refused() -> None:
     Path("data").mkdir(exist_ok=True)
+    runs, _ = studies('devices = 2\nstrategy = "ddp"')
     runs.check_flags()
-    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
-        monkeypatch.setenv(name, "7")
-    runs.check_flags()  # one task, for example an interactive shell
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    assert refusal_of(runs.check_flags) == (
-        "row run: its runs are 2 processes each: give them to sbatch without a study"
-    )
+    runs, _ = studies('num_nodes = 2\nstrategy = "ddp"')
+    assert refusal_of(runs.check_flags) == "row run: its runs are on 2 nodes each: give them to sbatch without a study"
 
 
 def test_a_run_has_one_holder_at_a_time() -> None:

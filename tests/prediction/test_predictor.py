@@ -63,7 +63,10 @@ def test_precision_is_one_that_this_machine_has() -> None:
     assert given == ("fp16" if torch.cuda.is_available() else "auto")
     assert here(accelerator="cpu")["accelerator"] == "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr("finetuning.prediction.predictor.seen_gpus", lambda: 1)
+        patch.setattr("finetuning.prediction.predictor.gpu_obstacle", lambda _: None)
         for able, precision in (True, "bf16"), (False, "auto"):
             patch.setattr("finetuning.prediction.predictor.multiplies_bf16", lambda _, able=able: able)
             assert here(precision="bf16")["precision"] == precision
+        patch.setattr("finetuning.prediction.predictor.gpu_obstacle", lambda _: "too old for this build")
+        assert [here(precision=name)["precision"] for name in ("fp16", "bf16")] == ["auto", "bf16"]

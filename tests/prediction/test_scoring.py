@@ -106,6 +106,8 @@ def test_a_label_in_another_spelling_is_shown_by_its_codes() -> None:
     short = replace(TRAINED, label_names=["0.1", "0.5"])
     table = pd.DataFrame({"text": ["a", "b"], "y": np.array([0.1, 0.5], np.float32)})
     assert Score(short, "y")._true(table) == [{"0.1"}, {"0.5"}]
+    long = replace(TRAINED, label_names=[str(float(np.float32(0.1))), "0.5"])  # of a run of an earlier version
+    assert Score(long, "y")._true(table) == [{long.label_names[0]}, {"0.5"}]
 
 
 @pytest.mark.parametrize("separator", [None, ";"])

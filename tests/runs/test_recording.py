@@ -45,5 +45,5 @@ def test_a_directory_that_begins_with_a_dash_is_no_flag_of_the_next_command(
     (directory / LAST_CHECKPOINT).touch()
     with recorded(directory, RunConfig.from_settings().to_dict()):
         raise KeyboardInterrupt
-    assert "--resume --output_dir ./-run\n" in capsys.readouterr().err
+    assert "--resume --output_dir=-run\n" in capsys.readouterr().err
     assert called("predict", directory).endswith(" ./-run")

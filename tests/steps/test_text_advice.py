@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from compare_methods import RESULTS
+from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.materials import find_materials
 from finetuning.steps.inputs import read_inputs
 from finetuning.steps.text_advice import (
@@ -18,6 +19,7 @@ from finetuning.steps.text_advice import (
     cut_advice,
     missing_advice,
     step_advice,
+    takes_kfold,
 )  # fmt: skip
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
@@ -32,7 +34,7 @@ def advised(flags: str, training: int, validation: int, of_b: int | None = None)
     labels = {"train": np.arange(training) % 2, "validation": np.repeat([0, 1], [validation - of_b, of_b])}
     labels["test"] = np.arange(2)
     task = make_task(labels, ["a", "b"], config.training)
-    return "\n".join(advice_on_texts(config, find_base_model(config), task, labels))
+    return "\n".join(advice_on_texts(config, find_base_model(config), task, labels, config.takes_kfold))
 
 
 @pytest.mark.parametrize(
@@ -54,16 +56,22 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
 
 
 @pytest.mark.parametrize(
-    ("training", "validation", "fits"),
-    [([0, 0, 1], [1, 0], True), ([0, 0, 0, 1], [0, 0], False), ([0, 0, 1], [1], False)],
-    ids=["enough", "a class of one text", "four texts"],
+    ("train", "validation", "flags", "fits"),
+    [
+        ("a1 a2 b1", "b2 a3", "", True),
+        ("a1 a2 b1", "b2 a3", "--devices 2", False),
+        ("a1 a2 a3 b1", "a4 a5", "", False),  # a class of one text
+        ("a1 a2 a3 a4 b1", "a5 b1", "", False),  # which may be there twice
+        ("a1 a2 b1", "b2", "", False),  # four texts
+    ],
 )
-def test_folds_are_advised_only_where_they_are_possible(training: list[int], validation: list[int], fits: bool) -> None:
-    labels = {"train": np.array(training), "validation": np.array(validation), "test": np.arange(2)}
-    config = config_of_flags("--accelerator cpu --model_name packaged")
-    task = make_task(labels, ["a", "b"], config.training)
-    found = advice_on_texts(config, find_base_model(config), task, labels)
-    assert any("--kfold" in sentence for sentence in found) == fits
+def test_folds_are_advised_only_where_they_are_possible(train: str, validation: str, flags: str, fits: bool) -> None:
+    splits = {}
+    for name, texts in (("train", train.split()), ("validation", validation.split())):
+        labels = np.array(["ab".index(text[0]) for text in texts])
+        splits[name] = LabelledTexts(texts, labels, np.arange(len(texts)))
+    config = config_of_flags(f"--accelerator cpu --model_name packaged {flags}")
+    assert takes_kfold(config, TextData("", ["a", "b"], splits, 0)) == fits
 
 
 @pytest.mark.parametrize(

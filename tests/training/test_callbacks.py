@@ -145,7 +145,9 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     assert meter._every == every
 
 
-@pytest.mark.parametrize(("device", "batches", "lines"), [("cpu", 30, 30), ("cuda", 30, 3), ("cuda", 400, 20)])
+@pytest.mark.parametrize(
+    ("device", "batches", "lines"), [("cpu", 30, 30), ("cuda", 30, 3), ("cuda", 400, 20), ("cuda", 9, 1)]
+)
 def test_lines_of_progress_read_the_loss_of_a_gpu_seldom(
     device: str, batches: int, lines: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

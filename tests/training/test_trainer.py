@@ -30,15 +30,17 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 atexit.register(time.sleep, 600)  # as NCCL's end of the group waits for ranks that wait for this one
 try:
     with process_group_left():
-        raise RuntimeError
-except RuntimeError:
+        raise {error}
+except {error}:
     print("recorded", end="")
 """
 
 
-def test_a_process_that_fails_does_not_wait_for_the_others() -> None:
-    ended = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (1, "recorded")
+@pytest.mark.parametrize(("error", "status"), [("RuntimeError", 1), ("SystemExit", 130)])  # that: a second Ctrl-C
+def test_a_process_that_fails_does_not_wait_for_the_others(error: str, status: int) -> None:
+    words = [sys.executable, "-c", FAILS.format(error=error)]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (status, "recorded")
 
 
 @pytest.mark.parametrize(
