@@ -59,7 +59,8 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
         return None
     count, training = len(inputs.folds), claim.config.training
     shown = training.monitor, isinstance(inputs.task, MultiLabel)
-    say(f"{count} folds of {len(inputs.splits['train']):,} texts; each run validates on one of them")
+    texts, epochs = f"{len(inputs.splits['train']):,} texts", counted(training.epochs, "epoch")
+    say(f"{count} folds of {texts}; each run has {epochs}, and validates on one of them")
     say(f"with the final run on all of them, it takes about {count} times as long as one run")
     for sentence in inputs.advice:
         say(f"{'advice':<11} {sentence}")

@@ -145,7 +145,7 @@ def test_the_command_prints_a_line_for_each_fold(
     assert lines[6].endswith(" (optimistic: each fold chose its epoch)")
     assert lines[7].endswith(" (report this, or the score of a large test split)")
     begins = (
-        "2 folds of 40 texts",
+        "2 folds of 40 texts; each run has 1 epoch, and validates on one of them",
         "with the final run on all of them, it takes about 2 times as long as one run",
         "advice      40 texts are few",
         "fold 1/2 ",
