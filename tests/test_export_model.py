@@ -23,7 +23,7 @@ from finetuning.export.plain import write_model
 from finetuning.export.proof import run_alone
 from finetuning.prediction.predictor import predict
 from finetuning.prediction.trained import read_trained
-from finetuning.runs.files import ADAPTER, read_result, write_result
+from finetuning.runs.files import ADAPTER, SETTINGS, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
 from tests.common import ROOT, changed_run, flags, predictions_of
@@ -407,6 +407,15 @@ def test_runs_that_cannot_be_exported(
     refused("--method lora, but the method is full", changed(config=lora | {"method": "full"}), "--adapter")
     monkeypatch.setattr("finetuning.export.onnx_file.PACKAGES", ("onnx_that_nobody_has",))
     refused("--onnx: onnx_that_nobody_has not installed: pip install onnx_that_nobody_has", run, "--onnx")
+
+
+@pytest.mark.xdist_group("export")
+def test_a_run_with_damaged_settings_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, copy := tmp_path / "run")
+    (copy / SETTINGS).write_bytes(b"")
+    line = refusal(capsys, copy, tmp_path / "out")
+    assert f"{copy / SETTINGS} cannot be read" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

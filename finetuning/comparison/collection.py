@@ -12,7 +12,7 @@ from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns, stands_for
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import positive_of, read_answers
-from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged, read_origin
+from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged, read_text_hashes
 
 
 def collect(runs: StudyRuns, stage: str, results: Path) -> None:
@@ -65,7 +65,7 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
     result["command"] = shown_command(stated_command(result["command"], result["config"]))
     result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     result.pop("traceback", None)
-    hashes = read_origin(source)["data"]
+    hashes = read_text_hashes(source)
     texts = [hashes.get(split, "") for split in ("train", "validation")]
     result["texts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     if not run.reads_test:

@@ -25,7 +25,7 @@ from finetuning.export.proof import HeldOut, Loaded, held_out
 from finetuning.models.base_model import BaseModel, load_tokenizer
 from finetuning.models.classifier import Classifier
 from finetuning.runs.answers import Answers
-from finetuning.runs.files import read_origin
+from finetuning.runs.files import read_text_hashes
 from finetuning.runs.finished import FinishedRun, read_own_answers
 from finetuning.runs.loading import base_of_run, load_classifier
 from finetuning.storage import UNIQUE, is_left_over, readable_by_all
@@ -77,7 +77,7 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     texts = replace(texts, splits=kept)
     tokens = tokenize(texts, tokenizer, config.data)
     pad_id, pooling = int(tokenizer.pad_token_id), config.data.window_pooling
-    hashes = read_origin(run.directory)["data"]
+    hashes = read_text_hashes(run.directory)
     held = held_out(texts, tokens, answers, hashes, arguments.check_texts, pad_id, pooling)
     check_last_tokens(run, base, held, tokenizer)
     unrounded = arguments.adapter and not writes_base(run)  # PEFT will load the base model's own weights

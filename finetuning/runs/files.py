@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import UserError
+from finetuning.errors import UserError, as_user_error
 from finetuning.storage import read_json, sha256_of, write_json
 
 RESULT = "result.json"
@@ -144,6 +144,16 @@ def read_origin(directory: Path) -> dict[str, Any]:
         OSError, ValueError: like ``read_settings``.
     """
     return dict(_stored(directory)[ORIGIN])
+
+
+def read_text_hashes(directory: Path) -> dict[str, str]:
+    """The hashes of a run's texts, by split.
+
+    Raises:
+        UserError: the settings, which hold them, are lost or damaged.
+    """
+    with as_user_error(f"{directory / SETTINGS} cannot be read", OSError, ValueError):
+        return dict(read_origin(directory)["data"])
 
 
 def _stored(directory: Path) -> dict[str, Any]:
