@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     found |= training_budget(config.training, *size)
     task, advice = task_of(texts, config.training)
     of_splits = {name: split.labels for name, split in texts.splits.items()}
-    advice += advice_on_texts(config, base, task, of_splits, takes_kfold(config, texts))
+    advice += advice_on_texts(config, base, task, of_splits, partial(takes_kfold, config, texts))
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)

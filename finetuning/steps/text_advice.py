@@ -1,7 +1,7 @@
 """What a run says before it trains, by its settings and its numbers of texts: what to try, what to keep in mind."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -28,7 +28,7 @@ FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 25
 
 
 def advice_on_texts(
-    config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray], folds: bool
+    config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray], folds: Callable[[], bool]
 ) -> list[str]:
     """What to try for texts of these numbers, and what they cannot tell.
 
@@ -37,7 +37,7 @@ def advice_on_texts(
         base: its model.
         task: what is learned.
         labels: of the texts of each split.
-        folds: whether ``--kfold`` could be given.
+        folds: says whether ``--kfold`` could be given; asked only if that is advised, because it compares all texts.
     """
     advice = missing_advice(task, labels["test"]) if config.run.test else []
     if config.training.epochs == 0:
@@ -61,7 +61,7 @@ def takes_kfold(config: RunConfig, texts: TextData) -> bool:
 
 
 def validation_advice(
-    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, folds: bool
+    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, folds: Callable[[], bool]
 ) -> list[str]:
     """What to try if validation has few texts, or takes longer than training; empty if a flag has chosen them.
 
@@ -69,7 +69,7 @@ def validation_advice(
         training, validation: number of texts.
         counts: class -> how many validation texts have it.
         data: ``kfold`` and ``limit_validation``.
-        folds: whether ``--kfold`` could be given.
+        folds: as in ``advice_on_texts``.
     """
     if data.kfold or data.limit_validation:
         return []
@@ -86,7 +86,7 @@ def validation_advice(
     elif counts[rarest] < FEW_OF_A_CLASS:
         found = counted(counts[rarest], "text")
         doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
-    if doubt and folds:
+    if doubt and folds():
         advice.append(f"{doubt}: --kfold {ADVISED_FOLDS} needs no validation split and scores every training text")
     return advice
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -97,7 +98,7 @@ def train(training: Training) -> TrainedRecord:
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, texts)
-    folds_fit = takes_kfold(training.claim.config, training.inputs.texts)
+    folds_fit = partial(takes_kfold, training.claim.config, training.inputs.texts)
     found += chance_advice(task, labels, logits, texts, kfold, folds_fit)
     adapter, epochs = training.inputs.adapter, module.settings.epochs
     compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well

@@ -1,6 +1,6 @@
 """What a run advises about its labels: one sentence for each thing to try."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -70,7 +70,12 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
 
 
 def chance_advice(
-    task: Task, labels: np.ndarray, logits: np.ndarray, texts: int, kfold: FoldsRecord | None, takes_kfold: bool
+    task: Task,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    texts: int,
+    kfold: FoldsRecord | None,
+    takes_kfold: Callable[[], bool],
 ) -> list[str]:
     """What to try if validation does not tell the classifier from one that always answers the largest class.
 
@@ -80,7 +85,7 @@ def chance_advice(
         logits: (n, classes) of the chosen checkpoint.
         texts: how many training texts the run has.
         kfold: of a run with folds.
-        takes_kfold: whether ``--kfold`` could be given.
+        takes_kfold: says whether ``--kfold`` could be given.
     """
     if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
@@ -90,7 +95,7 @@ def chance_advice(
         return []
     largest = truth.sum(0).max() / len(labels)
     advice = learn_more(texts)
-    if answers.right.mean() > largest and takes_kfold:  # it may have learned
+    if answers.right.mean() > largest and takes_kfold():  # it may have learned
         advice = f"--kfold 5, because {len(labels)} texts show little"
     return [
         f"validation does not show that anything was learned: always answering the largest class is right for"

@@ -34,7 +34,7 @@ def advised(flags: str, training: int, validation: int, of_b: int | None = None)
     labels = {"train": np.arange(training) % 2, "validation": np.repeat([0, 1], [validation - of_b, of_b])}
     labels["test"] = np.arange(2)
     task = make_task(labels, ["a", "b"], config.training)
-    return "\n".join(advice_on_texts(config, find_base_model(config), task, labels, config.takes_kfold))
+    return "\n".join(advice_on_texts(config, find_base_model(config), task, labels, lambda: config.takes_kfold))
 
 
 @pytest.mark.parametrize(

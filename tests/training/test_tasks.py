@@ -271,17 +271,19 @@ def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
 def test_a_classifier_at_chance_brings_advice() -> None:
     task, labels = SingleLabel(NAMES), np.array([0] * 60 + [1] * 40)
     guesses = logits_for([0, 1] * 50)
-    (line,) = chance_advice(task, labels, guesses, 200, None, takes_kfold=True)
+    (line,) = chance_advice(task, labels, guesses, 200, None, takes_kfold=lambda: True)
     assert "always answering the largest class is right for 60.0%: consider more --epochs" in line
-    (line,) = chance_advice(task, labels, guesses, 199, None, takes_kfold=True)
+    (line,) = chance_advice(task, labels, guesses, 199, None, takes_kfold=lambda: True)
     assert line.endswith("consider more training texts")
     few = logits_for([0] * 7 + [1] * 3 + [1] * 5 + [0] * 5)
-    (line,) = chance_advice(task, labels[50:70], few, 200, None, takes_kfold=False)
+    (line,) = chance_advice(task, labels[50:70], few, 200, None, takes_kfold=lambda: False)
     assert "--kfold" not in line, "it would be refused"
-    (line,) = chance_advice(task, labels[50:70], few, 200, None, takes_kfold=True)
+    (line,) = chance_advice(task, labels[50:70], few, 200, None, takes_kfold=lambda: True)
     assert line.endswith("right for 50.0%: consider --kfold 5, because 20 texts show little")
     good = logits_for([0] * 50 + [1] * 50)  # 90 % are right
-    assert not chance_advice(task, labels, good, 200, None, takes_kfold=True)
-    assert not chance_advice(task, labels, logits_for([0] * 100), 200, None, takes_kfold=True)  # has advice of its own
+    assert not chance_advice(task, labels, good, 200, None, takes_kfold=lambda: True)
+    assert not chance_advice(
+        task, labels, logits_for([0] * 100), 200, None, takes_kfold=lambda: True
+    )  # has advice of its own
     several = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training())
-    assert not chance_advice(several, TRUTH, -np.ones((4, 3)), 200, None, takes_kfold=True)
+    assert not chance_advice(several, TRUTH, -np.ones((4, 3)), 200, None, takes_kfold=lambda: True)
