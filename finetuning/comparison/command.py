@@ -44,7 +44,7 @@ def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
     run.add_argument("--retry_failed", action="store_true", help="start failed runs over")
     run.add_argument(
         "--jobs", type=int, default=1, metavar="N",
-        help="runs to do at once; they share the cores, unless OMP_NUM_THREADS is set (default: 1)",
+        help="runs to do at once; they share the cores (unless OMP_NUM_THREADS is set) and GPUs (default: 1)",
     )  # fmt: skip
     add("count", count_command, "Print the number of runs.", study)
     listed = add("list", list_command, "Print each run's number, state and command.", study)

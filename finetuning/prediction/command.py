@@ -25,7 +25,9 @@ DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
-        "run", type=parse_path, help="The run directory, or a folder exported from one without --adapter."
+        "run",
+        type=parse_path,
+        help="The run directory, a folder exported without --adapter, or another folder with a text classifier.",
     )
     given = parser.add_mutually_exclusive_group()  # not required=True, which would hide the error of a misspelled flag
     given.add_argument("--text", action="append", help="A text; repeat the flag for more texts.")
@@ -48,7 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="Column of the table with the second text of each pair. (default: the column that the run was trained on)",
     )
     parser.add_argument(
-        "--label_column", help="Column of the table with the true labels: then the command says how many it finds."
+        "--label_column",
+        help="Column of the table with the true labels: prints accuracy with its interval, and macro F1.",
     )
     parser.add_argument(
         "--label_separator",

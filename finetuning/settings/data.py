@@ -53,7 +53,7 @@ class DataSettings:
     split: Literal["official", "resplit", "stratified"] | None = setting(
         None,
         "The data's test split (official), IMDb as 35,000 / 5,000 / 10,000 (resplit), or 80 / 10 / 10 % (stratified).",
-        "official if the data has a test split, else stratified",
+        "the splits that the data has, missing ones from train; of a single table: stratified",
     )
     max_length: int = setting(256, "Cut texts to N tokens.", at_least=8)
     truncation: Literal["head", "head_tail"] = setting(

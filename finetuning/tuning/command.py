@@ -97,7 +97,7 @@ def add_tune(add: Add) -> None:
     search.add_argument("--trials", type=int, metavar="N", help="number of trials, instead of minutes or as a limit")
     search.add_argument("--output_dir", type=parse_path, metavar="DIR", help="folder of the search; workers share it")
     search.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores (default: 1)"
+        "--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores and GPUs (default: 1)"
     )
     search.add_argument(
         "--seeds",
@@ -114,7 +114,7 @@ def add_tune(add: Add) -> None:
         "--search",
         type=parse_path,
         metavar="FILE.toml",
-        help="replaces or narrows the declared space, see docs/guide.md",
+        help="narrows the declared space, adds flags to it, or replaces it, see docs/guide.md",
     )
     search.add_argument(
         "--models", nargs="+", metavar="NAME", help="base models to choose among; the default's is the first one"
