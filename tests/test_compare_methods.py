@@ -212,7 +212,11 @@ def test_a_final_run_without_its_tuning_is_not_started(
         runs.tuned(runs.study.stage("final")[0])
     assert main(["run", "tiny.toml", "--data_dir", ".", "--stage", "final", "--index", "0"]) == 1
     assert f"1/1  a-seed0  not started: {reason}" in capsys.readouterr().out
-    assert not runs.directory(runs.study.stage("final")[0]).exists()
+    final = runs.study.stage("final")[0]
+    assert not runs.directory(final).exists()
+    leave_run(runs, final.with_tuned({"learning_rate": 0.002}))  # its tuning was removed later
+    assert main(["run", "tiny.toml", "--data_dir", ".", "--stage", "final", "--index", "0"]) == 0
+    assert "1 finished" in capsys.readouterr().out
 
 
 # --- collecting
@@ -264,6 +268,12 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     capsys.readouterr()
     assert main(["collect", "tiny.toml"]) == 0
     assert f"kept: {finished.name} failed here, but has finished before" in capsys.readouterr().err
+    assert contents(Path("results")) == first
+
+    plan("gradient_clip = 2.0\n[axes]\nlora_r = [2, 4, 8]\nseed = [3]")
+    assert main(["collect", "tiny.toml"]) == 0
+    name = "results/tiny"
+    assert f"kept: {finished.name} of {name}, with other settings: delete its line there" in capsys.readouterr().err
     assert contents(Path("results")) == first
 
 

@@ -105,9 +105,9 @@ def run_command(options: argparse.Namespace) -> int:
         raise UserError(f"--jobs {options.jobs}: must be at least 1")
     runs = study_runs(options)
     runs.check_flags()
-    if older := runs.older_than_their_texts():
-        began = f"{counted(len(older), 'run')} began before files of --data_dir were changed"
-        instead = "if the texts are others, delete these runs or give another --runs_dir"
+    if older := runs.older_than_their_files():
+        began = f"{counted(len(older), 'run')} began before files of their texts, model or adapter were changed"
+        instead = "if these are others, delete these runs or give another --runs_dir"
         print(f"warning: {began} ({listed(older, 3)}): {instead}", file=sys.stderr)
     chosen = chosen_runs(runs, options.stage, options.index)
     with StopSignals().listening() as stop:

@@ -227,7 +227,10 @@ class StudyExecution:
             try:
                 planned = self.runs.tuned(run)
             except TuningUnfinished as reason:
-                self.note_end(run, "failed", f"not started: {reason}")
+                if self.runs.state_on_disk(run) == "finished":  # before its tuning was removed
+                    self.ended[run.name] = "finished"
+                else:
+                    self.note_end(run, "failed", f"not started: {reason}")
                 return
             state = self.runs.state_on_disk(planned)
             if state == "missing" and (source := self.runs.take_over(planned)):

@@ -88,14 +88,22 @@ class PlannedRun:
 
     def flags(self, data_dir: Path | None = None) -> list[str]:
         """The run as words of a command line; its data is inside ``data_dir`` if one is given."""
-        settings = dict(self.settings)
-        below = settings.pop("data_dir", None)
-        dataset = settings.get("dataset", "imdb")
-        packaged = settings.get("offline") and dataset == "imdb" and below is None
-        elsewhere = packaged or hub_name(str(dataset)) is not None or "data_source" in settings
-        if data_dir is not None and (below is not None or not elsewhere):  # both at once is refused
-            settings["data_dir"] = data_dir / (below or "")
-        return flag_words(settings)
+        settings = {name: value for name, value in self.settings.items() if name != "data_dir"}
+        folder = self.data_folder(data_dir)
+        return flag_words(settings if folder is None else settings | {"data_dir": folder})
+
+    @property
+    def dataset(self) -> str:
+        return str(self.settings.get("dataset", "imdb"))
+
+    def data_folder(self, data_dir: Path | None) -> Path | None:
+        """Where its texts are inside ``data_dir``; ``None`` if none is given, or if they are elsewhere."""
+        below = self.settings.get("data_dir")
+        packaged = self.settings.get("offline") and self.dataset == "imdb" and below is None
+        elsewhere = packaged or hub_name(self.dataset) is not None or "data_source" in self.settings
+        if data_dir is None or (below is None and elsewhere):  # both at once is refused
+            return None
+        return data_dir / (below or "")
 
 
 Cell = tuple[list[PlannedRun], list[PlannedRun]]  # one combination of the axes: runs that tune, final runs
@@ -282,6 +290,8 @@ def _settings_and_axes(
                 raise UserError(f"{place}{key}: not allowed, the study sets it itself")
             if key in ALONE:
                 raise UserError(f"{place}{key}: not allowed, the runs of a study have a validation split")
+            if values is not axes and not isinstance(value, str | int | float):
+                raise UserError(f"{place}{key} {value}: must be one value (several names: 'a,b')")
             check_numbers(f"{place}{key}", key, value if isinstance(value, list) else [value])
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):

@@ -6,6 +6,7 @@ counts as running if the study was killed. The system frees the lock when both p
 Nothing here imports torch.
 """
 
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from finetuning.comparison.drawn import RATE
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
+from finetuning.datasets import SPLITS
 from finetuning.errors import UserError, as_user_error, first_line
 from finetuning.flags import flag_words, from_flags
 from finetuning.runs.files import (
@@ -101,15 +103,32 @@ class StudyRuns:
                 if folder is not None and not folder.exists():
                     raise UserError(f"--data_dir {folder}: no such file or folder")
 
-    def older_than_their_texts(self) -> list[str]:
-        """The runs here that have begun before a file of their texts was changed, so they may have read others."""
-        last_change = cache(_last_change)  # many runs read the same texts
-        found = []
-        for run in filter(self.holds, self.study.runs):
-            data = from_flags(run.flags(self.data_dir)).data.data_dir
-            if data is not None and last_change(data) > _began(self.directory(run)):
-                found.append(run.name)
-        return found
+    def older_than_their_files(self) -> list[str]:
+        """The runs here that have begun before a file was changed that they read, so it may have been another one."""
+        last_change = cache(self._last_change)  # many runs read the same files
+        held = filter(self.holds, self.study.runs)
+        return [run.name for run in held if last_change(*self._reads(run)) > _began(self.directory(run))]
+
+    def _reads(self, run: PlannedRun) -> tuple[Path | None, str, tuple[Path, ...]]:
+        """Where a run reads its texts, its ``--dataset``, and the folders of its model and its first adapter."""
+        named = (run.settings.get(flag) for flag in ("model_name", "init_adapter"))
+        folders = (Path(str(name)).expanduser() for name in named if name is not None)
+        return run.data_folder(self.data_dir), run.dataset, tuple(path for path in folders if path.exists())
+
+    @staticmethod
+    def _last_change(data: Path | None, dataset: str, folders: tuple[Path, ...]) -> float:
+        """When a file that a run reads was changed or put there last; 0 if there is none.
+
+        Args:
+            data, dataset, folders: from ``_reads``.
+        """
+        files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
+        if data is not None:
+            files += [data, *text_files(data, dataset)]
+        links = [parent for folder in (data, *folders) if folder for parent in folder.parents]
+        found = [path.lstat() for path in (*files, *links) if path.is_symlink()]
+        found += [path.stat() for path in files if path.is_file()]
+        return max((max(file.st_mtime, file.st_ctime) for file in found), default=0.0)  # a copy may keep its old mtime
 
     @contextmanager
     def held(self, run: PlannedRun) -> Iterator[int | None]:
@@ -159,7 +178,15 @@ class StudyRuns:
             pass
         except (OSError, ValueError) as error:
             return [f"{RESULT} cannot be read: {first_line(error)}"]
-        return _stored_differences(run, self.directory(run), own=True)
+        found = _stored_differences(run, self.directory(run), own=True)
+        return found or self._other_texts(run)
+
+    def _other_texts(self, run: PlannedRun) -> list[str]:
+        """The ``--data_dir`` that the run has read, if it is still there and holds other files than the planned one."""
+        read, planned = read_settings(self.directory(run))["data_dir"], run.data_folder(self.data_dir)
+        if read is None or planned is None or _same_files(Path(read).resolve(), planned.resolve(), run.dataset):
+            return []
+        return [f"--data_dir {read} -> {planned}"]
 
     def place_in_study(self, run: PlannedRun) -> dict[str, Any]:
         """What a collected ``result.json`` says of the run under ``study``: its row, seed, stage and axes."""
@@ -179,13 +206,12 @@ class StudyRuns:
         Returns:
             Where the run was found; ``None`` if no other study has it.
         """
-        config = from_flags(run.flags(self.data_dir))
-        planned, model = config.data.data_dir, Path(config.model.model_name)  # a name that is no folder has no files
+        planned, _, folders = reads = self._reads(run)
         for source in self._same_runs(run):
             data = read_settings(source)["data_dir"]
             if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
-            if max(_last_change(path) for path in (planned, model) if path is not None) > _began(source):
+            if self._last_change(*reads) > _began(source):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -202,7 +228,7 @@ class StudyRuns:
                 shutil.rmtree(half)
                 return None
             return source
-        return None if model.is_dir() else self._take_over_record(run)  # a record does not say what the folder held
+        return None if folders else self._take_over_record(run)  # a record does not say what these held
 
     def _take_over_record(self, run: PlannedRun) -> Path | None:
         """Collects such a run of another study for this one as well.
@@ -276,9 +302,20 @@ class StudyRuns:
             return run
 
 
-def _last_change(data: Path) -> float:
-    """When a file of texts or of a model, a folder or a file, was changed last; 0 if there is none."""
-    return max((path.stat().st_mtime for path in (data, *data.rglob("*")) if path.is_file()), default=0.0)
+def text_files(data: Path, dataset: str) -> list[Path]:
+    """The files in which a run may read its texts. What else lies in the user's own folder is left out."""
+    if dataset == "text":
+        return [path for path in data.glob("*") if path.name.split(".")[0].lower() in SPLITS] or [data]
+    return [path for path in (data, *data.rglob("*")) if path.is_file()]
+
+
+@cache
+def _same_files(read: Path, planned: Path, dataset: str) -> bool:
+    """Whether two places hold the same texts. One that is gone counts as moved."""
+    if not read.exists() or read == planned:
+        return True
+    first, second = ({path.relative_to(top): path for path in text_files(top, dataset)} for top in (read, planned))
+    return set(first) == set(second) and all(filecmp.cmp(first[name], second[name], shallow=False) for name in first)
 
 
 def _began(run: Path) -> float:

@@ -138,6 +138,11 @@ def test_seeds_of_a_row_have_the_same_texts(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", seed=3, texts_sha256="y")
     with pytest.raises(UserError, match="lora-final-seed0 and lora-final-seed3 are both row lora but have other texts"):
         read_study("s", tmp_path)
+    write_run(tmp_path, "s", "lora", seed=3, texts_sha256="x")
+    for seed, weights in ((1, "x"), (2, "x"), (3, "y")):
+        write_run(tmp_path, "s", "lora", seed=seed, base_model={"sha256": {"model.safetensors": weights}})
+    with pytest.raises(UserError, match="seed1 and lora-final-seed3 are both row lora but of other base models"):
+        read_study("s", tmp_path)
 
 
 def test_a_continued_run_was_watched_in_part(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def leave_record(
     record = Record.made(folder, result, "step,train_loss\n1,0.5\n", predictions)
     change_records(folder, [record])
     return record
+
+
+def began_at(runs: StudyRuns, run: PlannedRun, seconds: float) -> None:
+    os.utime(runs.directory(run) / "settings.json", (seconds, seconds))
 
 
 def studies(rows: str = "[axes]\nseed = [0]") -> tuple[StudyRuns, StudyRuns]:
@@ -158,13 +163,16 @@ def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> Non
     data.mkdir()
     (data / "train.csv").write_text("text,label\n")
     leave_run(other, run)
-    began = (other.directory(run) / "settings.json").stat().st_mtime
-    os.utime(data / "train.csv", (began + 1, began + 1))
+    changed = (data / "train.csv").stat().st_ctime
+    began_at(other, run, changed - 1)
+    os.utime(data / "train.csv", (0, 0))  # a copy of an older file, as by ``cp -p``
     assert runs.take_over(run) is None
-    assert other.older_than_their_texts() == [run.name]
-    assert runs.older_than_their_texts() == [], "it has none here"
-    os.utime(data / "train.csv", (began - 1, began - 1))
-    assert other.older_than_their_texts() == []
+    assert other.older_than_their_files() == [run.name]
+    assert runs.older_than_their_files() == [], "it has none here"
+    began_at(other, run, time.time() + 1)
+    (data / "log.txt").touch()
+    os.utime(data / "log.txt", (time.time() + 9,) * 2)  # none of the texts
+    assert other.older_than_their_files() == []
     (runs.directory(run) / ".lock").parent.mkdir(parents=True)
     (runs.directory(run) / "notes").touch()
     assert runs.take_over(run) is None  # for these notes are not ours
@@ -181,11 +189,42 @@ def test_a_run_of_a_model_that_has_changed_is_not_taken_over(project: Path) -> N
     (project / "model").mkdir(exist_ok=True)
     (project / "model" / "config.json").touch()
     leave_run(other, run)
-    began = (other.directory(run) / "settings.json").stat().st_mtime
-    os.utime(project / "model" / "config.json", (began + 1, began + 1))
+    began_at(other, run, (project / "model" / "config.json").stat().st_mtime - 1)
     assert runs.take_over(run) is None
-    os.utime(project / "model" / "config.json", (began - 1, began - 1))
+    assert other.older_than_their_files() == [run.name]
+    began_at(other, run, time.time() + 1)
     assert runs.take_over(run) == other.directory(run)
+
+
+def test_a_link_to_other_texts_is_a_change(project: Path) -> None:
+    runs, other = studies()
+    (run,) = runs.study.runs
+    for name in ("one", "two"):
+        (project / name).mkdir()
+        (project / name / "train.csv").write_text(name)
+    (project / "data").symlink_to("one")
+    leave_run(other, run)
+    began_at(other, run, time.time() + 1)
+    assert other.older_than_their_files() == []
+    (project / "data").unlink()
+    (project / "data").symlink_to("two")
+    began_at(other, run, (project / "data").lstat().st_mtime - 0.001)
+    assert other.older_than_their_files() == [run.name]
+
+
+def test_a_run_that_read_other_texts_is_not_the_planned_one(project: Path) -> None:
+    runs, _ = studies()
+    (run,) = runs.study.runs
+    for name in ("data", "copy", "others"):
+        (project / name).mkdir()
+        (project / name / "train.csv").write_text("other" if name == "others" else "same")
+    leave_run(runs, run)
+    settings = read_settings(runs.directory(run))
+    for name, state in (("data", "finished"), ("copy", "finished"), ("others", "changed"), ("gone", "finished")):
+        write_settings(runs.directory(run), settings | {"data_dir": name}, {})
+        assert runs.state(run) == state, name
+    write_settings(runs.directory(run), settings | {"data_dir": "others"}, {})
+    assert runs.differences(run) == ["--data_dir others -> data"]
 
 
 @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])

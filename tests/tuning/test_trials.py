@@ -69,6 +69,8 @@ def test_workers_share_the_numbers(tmp_path: Path) -> None:
     ]
     taken = [int(word) for worker in workers for word in worker.communicate()[0].split()]
     assert sorted(taken) == list(range(80))
+    for name in ("000-1", "005_2", "003 2"):  # somebody keeps another one
+        (tmp_path / name).mkdir()
     assert [trial.state for trial in Trials(tmp_path, "accuracy").all()] == [COMPLETE] * 80
 
 
