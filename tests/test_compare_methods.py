@@ -80,7 +80,10 @@ def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwr
     before = (runs.directory(run) / "settings.json").read_bytes()
     assert runs.state(runs.study.runs[0]) == "changed"
     assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
-    assert "has other settings (--lora_r 8 -> 2): remove it or rename the row" in capsys.readouterr().out
+    assert (
+        "has other settings (--lora_r 8 -> 2): remove it, rename the row or give another --runs_dir"
+        in capsys.readouterr().out
+    )
     assert main(["collect", "tiny.toml"]) == 0
     assert "not collected: run-seed0 is changed" in capsys.readouterr().err
     assert (runs.directory(run) / "settings.json").read_bytes() == before
@@ -214,9 +217,12 @@ def test_a_final_run_without_its_tuning_is_not_started(
     assert f"1/1  a-seed0  not started: {reason}" in capsys.readouterr().out
     final = runs.study.stage("final")[0]
     assert not runs.directory(final).exists()
-    leave_run(runs, final.with_tuned({"learning_rate": 0.002}))  # its tuning was removed later
-    assert main(["run", "tiny.toml", "--data_dir", ".", "--stage", "final", "--index", "0"]) == 0
-    assert "1 finished" in capsys.readouterr().out
+    leave_run(runs, final.with_tuned({"learning_rate": 0.002}))
+    removed = scores[2] is None  # a part of its tuning, after the run had finished
+    assert main(["run", "tiny.toml", "--data_dir", ".", "--stage", "final", "--index", "0"]) == int(not removed)
+    assert ("not started" in capsys.readouterr().out) != removed
+    leave_run(runs, final.with_tuned({"learning_rate": 0.5}))  # its tuning never tried that
+    assert main(["run", "tiny.toml", "--data_dir", ".", "--stage", "final", "--index", "0"]) == 1
 
 
 # --- collecting

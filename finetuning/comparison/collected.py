@@ -364,7 +364,7 @@ def _check_rows(runs: Iterable[Run]) -> None:
             texts = {each.get("texts_sha256") for each in (earlier, run)} - {None}  # earlier versions lack it
             if len(texts) > 1:
                 raise UserError(f"{both} are both row {run.row} but have other texts: delete the outdated line")
-            bases = [each.get("base_model", "sha256") for each in (earlier, run)]
-            if None not in bases and bases[0] != bases[1]:
+            one, other = (each.get("base_model", "sha256") or {} for each in (earlier, run))
+            if any(one[name] != other[name] for name in one.keys() & other.keys()):  # of files that both have
                 raise UserError(f"{both} are both row {run.row} but of other base models: delete the outdated line")
         seeds[run.seed] = run

@@ -34,7 +34,8 @@ def collect(runs: StudyRuns, stage: str, results: Path) -> None:
         state = runs.state(run)
         if state not in kept:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
-            if run.name in before and not stands_for(run, before[run.name].result, own=True):
+            ended = state in ("missing", "changed")  # what goes on replaces its line
+            if ended and run.name in before and not stands_for(run, before[run.name].result, own=True):
                 print(f"kept: {run.name} of {target}, with other settings: delete its line there", file=sys.stderr)
             continue
         if state == "failed" and run.name in before and has_finished(before[run.name], run):

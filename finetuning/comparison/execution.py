@@ -227,7 +227,7 @@ class StudyExecution:
             try:
                 planned = self.runs.tuned(run)
             except TuningUnfinished as reason:
-                if self.runs.state_on_disk(run) == "finished":  # before its tuning was removed
+                if self.finished_before_its_tuning_went(run):
                     self.ended[run.name] = "finished"
                 else:
                     self.note_end(run, "failed", f"not started: {reason}")
@@ -238,7 +238,8 @@ class StudyExecution:
             elif state == "changed":
                 differences = ", ".join(self.runs.differences(planned))
                 where = self.runs.directory(run)
-                self.note_end(run, "failed", f"{where} has other settings ({differences}): remove it or rename the row")
+                instead = "remove it, rename the row or give another --runs_dir"
+                self.note_end(run, "failed", f"{where} has other settings ({differences}): {instead}")
             elif state == "failed" and (result := self.runs.result(planned)) != self.failed_before.get(run.name):
                 error = result.get("error")
                 self.note_end(run, "failed", f"failed earlier: {error} (run it again with --retry_failed)")
@@ -248,6 +249,13 @@ class StudyExecution:
                 child = self.start(planned, state, lock)
                 self.current.append(CurrentRun(planned, child, time.monotonic(), stack.pop_all()))
                 self.stop.add(child)
+
+    def finished_before_its_tuning_went(self, run: PlannedRun) -> bool:
+        """Whether a final run has finished with settings that its tuning tried, and some of that was removed since."""
+        tuning = [self.runs.study.find(name) for name in run.tuned_by]
+        if not {self.runs.state(other) for other in tuning} <= {"missing", "finished"}:
+            return False
+        return any(self.runs.state_on_disk(run.with_tuned(other.axes)) == "finished" for other in tuning)
 
     def waits_for_tuning(self, run: PlannedRun) -> bool:
         """Whether a run that tunes this one is still to be done here, or is running elsewhere."""

@@ -290,9 +290,10 @@ def _settings_and_axes(
                 raise UserError(f"{place}{key}: not allowed, the study sets it itself")
             if key in ALONE:
                 raise UserError(f"{place}{key}: not allowed, the runs of a study have a validation split")
-            if values is not axes and not isinstance(value, str | int | float):
+            several = value if values is axes and isinstance(value, list) else [value]
+            if not all(isinstance(one, str | int | float) for one in several):
                 raise UserError(f"{place}{key} {value}: must be one value (several names: 'a,b')")
-            check_numbers(f"{place}{key}", key, value if isinstance(value, list) else [value])
+            check_numbers(f"{place}{key}", key, several)
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
             raise UserError(f"{where}axes: {key}: must be a list of different values, at least one")

@@ -6,7 +6,6 @@ counts as running if the study was killed. The system frees the lock when both p
 Nothing here imports torch.
 """
 
-import filecmp
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.changes import last_change, places_of, same_texts
 from finetuning.comparison.drawn import RATE
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
-from finetuning.datasets import SPLITS
 from finetuning.errors import UserError, as_user_error, first_line
 from finetuning.flags import flag_words, from_flags
 from finetuning.runs.files import (
@@ -104,31 +103,14 @@ class StudyRuns:
                     raise UserError(f"--data_dir {folder}: no such file or folder")
 
     def older_than_their_files(self) -> list[str]:
-        """The runs here that have begun before a file was changed that they read, so it may have been another one."""
-        last_change = cache(self._last_change)  # many runs read the same files
-        held = filter(self.holds, self.study.runs)
-        return [run.name for run in held if last_change(*self._reads(run)) > _began(self.directory(run))]
-
-    def _reads(self, run: PlannedRun) -> tuple[Path | None, str, tuple[Path, ...]]:
-        """Where a run reads its texts, its ``--dataset``, and the folders of its model and its first adapter."""
-        named = (run.settings.get(flag) for flag in ("model_name", "init_adapter"))
-        folders = (Path(str(name)).expanduser() for name in named if name is not None)
-        return run.data_folder(self.data_dir), run.dataset, tuple(path for path in folders if path.exists())
-
-    @staticmethod
-    def _last_change(data: Path | None, dataset: str, folders: tuple[Path, ...]) -> float:
-        """When a file that a run reads was changed or put there last; 0 if there is none.
-
-        Args:
-            data, dataset, folders: from ``_reads``.
-        """
-        files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-        if data is not None:
-            files += [data, *text_files(data, dataset)]
-        links = [parent for folder in (data, *folders) if folder for parent in folder.parents]
-        found = [path.lstat() for path in (*files, *links) if path.is_symlink()]
-        found += [path.stat() for path in files if path.is_file()]
-        return max((max(file.st_mtime, file.st_ctime) for file in found), default=0.0)  # a copy may keep its old mtime
+        """The runs here that read a file which was changed after they began."""
+        change = cache(last_change)  # many runs read the same files
+        found = []
+        for run in filter(self.holds, self.study.runs):
+            began = _began(self.directory(run))
+            if any(change(*place) > began for place in places_of(run, self.data_dir)):
+                found.append(run.name)
+        return found
 
     @contextmanager
     def held(self, run: PlannedRun) -> Iterator[int | None]:
@@ -149,7 +131,7 @@ class StudyRuns:
         return "running" if held else self.state_on_disk(run)
 
     def state_on_disk(self, run: PlannedRun) -> str:
-        """``missing``, ``finished``, ``failed``, ``interrupted`` (or killed), or ``changed`` (other settings)."""
+        """``missing``, ``finished``, ``failed``, ``interrupted`` (or killed), or ``changed`` (other settings or texts)."""
         if not self.holds(run):
             return self._record(run).get("status", "missing")
         if self.differences(run):
@@ -170,6 +152,7 @@ class StudyRuns:
     def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan, except paths and what is left to tuning or auto.
 
+        Another ``--data_dir`` is a difference if it still exists and has other texts.
         A damaged result counts as well, because it may be the one of a finished run.
         """
         try:
@@ -182,9 +165,9 @@ class StudyRuns:
         return found or self._other_texts(run)
 
     def _other_texts(self, run: PlannedRun) -> list[str]:
-        """The ``--data_dir`` that the run has read, if it is still there and holds other files than the planned one."""
+        """The ``--data_dir`` that the run has read, if it is still there and holds other texts than the planned one."""
         read, planned = read_settings(self.directory(run))["data_dir"], run.data_folder(self.data_dir)
-        if read is None or planned is None or _same_files(Path(read).resolve(), planned.resolve(), run.dataset):
+        if read is None or planned is None or _same_texts(Path(read).resolve(), planned.resolve(), run.dataset):
             return []
         return [f"--data_dir {read} -> {planned}"]
 
@@ -206,12 +189,12 @@ class StudyRuns:
         Returns:
             Where the run was found; ``None`` if no other study has it.
         """
-        planned, _, folders = reads = self._reads(run)
+        planned, places = run.data_folder(self.data_dir), places_of(run, self.data_dir)
         for source in self._same_runs(run):
             data = read_settings(source)["data_dir"]
             if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
-            if self._last_change(*reads) > _began(source):
+            if any(last_change(*place) > _began(source) for place in places):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -228,7 +211,9 @@ class StudyRuns:
                 shutil.rmtree(half)
                 return None
             return source
-        return None if folders else self._take_over_record(run)  # a record does not say what these held
+        if any(kind in ("model", "adapter") for _, kind in places):  # a record does not say what these held
+            return None
+        return self._take_over_record(run)
 
     def _take_over_record(self, run: PlannedRun) -> Path | None:
         """Collects such a run of another study for this one as well.
@@ -302,20 +287,7 @@ class StudyRuns:
             return run
 
 
-def text_files(data: Path, dataset: str) -> list[Path]:
-    """The files in which a run may read its texts. What else lies in the user's own folder is left out."""
-    if dataset == "text":
-        return [path for path in data.glob("*") if path.name.split(".")[0].lower() in SPLITS] or [data]
-    return [path for path in (data, *data.rglob("*")) if path.is_file()]
-
-
-@cache
-def _same_files(read: Path, planned: Path, dataset: str) -> bool:
-    """Whether two places hold the same texts. One that is gone counts as moved."""
-    if not read.exists() or read == planned:
-        return True
-    first, second = ({path.relative_to(top): path for path in text_files(top, dataset)} for top in (read, planned))
-    return set(first) == set(second) and all(filecmp.cmp(first[name], second[name], shallow=False) for name in first)
+_same_texts = cache(same_texts)  # the state of a run is asked for again and again
 
 
 def _began(run: Path) -> float:

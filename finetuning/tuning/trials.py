@@ -96,7 +96,8 @@ class Trials:
 
     def numbers(self) -> list[int]:
         """The numbers of all trials that have begun, in order."""
-        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        numbers = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted({number for number in numbers if self.place(number).directory.is_dir()})
 
     def all(self) -> list[Trial]:
         """All trials that have begun, in the order of their numbers."""

@@ -216,6 +216,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         ('[[rows]]\nname = "a"\ntune = { epochs = ["3"] }\n[search]\ntrials = 2', "tune: epochs '3': must be a number"),
         ("[defaults]\nepochs = [1, 2]", "[defaults] epochs [1, 2]: must be one value (several names: 'a,b')"),
         ('[[rows]]\nname = "a"\ntext_column = ["x", "y"]', "row a: text_column ['x', 'y']: must be one value (several"),
+        ('[axes]\nmodel_name = [["a", "b"], "c"]', "axes: model_name [['a', 'b'], 'c']: must be one value"),
         ('[defaults]\noutput_dir = "x"', "[defaults] output_dir: not allowed, the study sets it itself"),
         ("[axes]\nkfold = [5, 10]", "axes: kfold: not allowed, the runs of a study have a validation split"),
         ('[defaults]\ndata_dir = "/data/imdb"', "data_dir /data/imdb: must be a folder inside"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from finetuning.comparison.changes import files_of, same_texts
 from finetuning.comparison.packed import RUNS, Columns, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns
@@ -210,6 +211,44 @@ def test_a_link_to_other_texts_is_a_change(project: Path) -> None:
     (project / "data").symlink_to("two")
     began_at(other, run, (project / "data").lstat().st_mtime - 0.001)
     assert other.older_than_their_files() == [run.name]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "first", "second", "same"),
+    [
+        ("text", {"train.csv": "a"}, {"train.csv": "a", "log.txt": "x"}, True),
+        ("text", {"train.csv": "a"}, {"train.csv": "a", "test.csv": "x"}, False),
+        ("text", {"train.parquet/0": "a"}, {"train.parquet/0": "b"}, False),
+        ("text", {"train.parquet/0": "a"}, {"train.parquet/0": "a"}, True),
+        ("text", {"train.csv": "a"}, {}, True),  # purged, or not mounted
+        ("imdb", {"train/pos/0.txt": "a"}, {"train/pos/0.txt": "a", "README": "x"}, True),
+        ("imdb", {"train/pos/0.txt": "a"}, {"train/pos/0.txt": "b"}, False),
+        ("imdb", {"train/pos/0.txt": "a"}, {"aclImdb/train/pos/0.txt": "a"}, True),  # cannot be compared
+    ],
+)
+def test_which_folders_hold_the_same_texts(
+    dataset: str, first: dict[str, str], second: dict[str, str], same: bool, tmp_path: Path
+) -> None:
+    for name, files in (("first", first), ("second", second)):
+        (tmp_path / name).mkdir()
+        for path, text in files.items():
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text(text)
+    assert same_texts(tmp_path / "first", tmp_path / "second", dataset) is same
+    (tmp_path / "first" / "train.csv").unlink(missing_ok=True)
+    (tmp_path / "first" / "train.csv").symlink_to("nothing")
+    assert same_texts(tmp_path / "first", tmp_path / "gone", dataset)
+
+
+def test_what_a_run_reads_of_a_model_and_an_adapter(project: Path) -> None:
+    for name in ("model", "adapter"):
+        (project / name / "sub").mkdir(parents=True, exist_ok=True)
+        for file in ("adapter_model.safetensors", "report.html", "sub/index"):
+            (project / name / file).touch()
+    names = {path.name for path in files_of(project / "model", "model")}
+    assert {"adapter_model.safetensors", "report.html"} <= names
+    assert "index" not in names
+    assert [path.name for path in files_of(project / "adapter", "adapter")] == ["adapter_model.safetensors"]
 
 
 def test_a_run_that_read_other_texts_is_not_the_planned_one(project: Path) -> None:
