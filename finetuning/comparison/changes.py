@@ -60,11 +60,9 @@ def same_texts(read: Path, planned: Path, dataset: str) -> bool:
         return True
     try:
         first, second = ({path.relative_to(top): path for path in files_of(top, dataset)} for top in (read, planned))
-        if not first or not second or (dataset != "text" and not first.keys() & second.keys()):
-            return True
-        if dataset == "text" and first.keys() != second.keys():
+        if dataset == "text" and first and second and first.keys() != second.keys():
             return False
-        common = first.keys() & second.keys()
-        return all(filecmp.cmp(first[name], second[name], shallow=False) for name in common)
+        both = first.keys() & second.keys()
+        return all(filecmp.cmp(first[name], second[name], shallow=False) for name in both)
     except OSError:  # it is somebody else's folder
         return True

@@ -131,7 +131,7 @@ class StudyRuns:
         return "running" if held else self.state_on_disk(run)
 
     def state_on_disk(self, run: PlannedRun) -> str:
-        """``missing``, ``finished``, ``failed``, ``interrupted`` (or killed), or ``changed`` (other settings or texts)."""
+        """``missing``, ``finished``, ``failed``, ``interrupted`` (or killed), ``changed`` (other settings or texts)."""
         if not self.holds(run):
             return self._record(run).get("status", "missing")
         if self.differences(run):
