@@ -15,7 +15,7 @@ from finetuning.caches import cache_table, clear_caches
 from finetuning.config import RunConfig, resumed_config
 from finetuning.errors import exit_status
 from finetuning.flags import given_flags, split_command
-from finetuning.processes import fast_imports, is_helper, settle_environment, share_processors, show_any_text, stoppable
+from finetuning.processes import fast_imports, is_helper, settle_process, share_processors, stoppable
 from finetuning.processor import limit_libraries
 from finetuning.runs.directory import run_directory, settings_to_run
 from finetuning.runs.files import REPORT, read_settings
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         argv: the flags; ``None`` takes them from ``sys.argv``.
         defaults: defaults that replace the usual ones, for example those of DistilRoberta.
     """
-    show_any_text()
-    settle_environment()
+    settle_process()
     words = sys.argv[1:] if argv is None else argv
     return exit_status(lambda: command(words, defaults or {}), "interrupted before training")
 

@@ -29,17 +29,14 @@ def is_helper() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in RANKS)
 
 
-def show_any_text() -> None:
-    """What a person reads is printed on any terminal: a character that its encoding lacks is spelled."""
+def settle_process() -> None:
+    """Replaces variables with which libraries would fail, before anything reads them, and lets any terminal show text.
+
+    Files for containers set some to nothing. Pictures go to files, whatever shows them elsewhere. A character that the
+    terminal's encoding lacks is spelled.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does it by default
-
-
-def settle_environment() -> None:
-    """Replaces variables with which libraries would fail; to be called before anything reads them.
-
-    Files for containers set some to nothing. Pictures go to files, whatever shows them elsewhere.
-    """
     for name in NUMBERS:
         if not os.environ.get(name, "0").isdecimal():
             del os.environ[name]

@@ -30,7 +30,7 @@ def test_variables_that_would_stop_libraries_are_settled(monkeypatch: pytest.Mon
     given = {"RANK": "", "WORLD_SIZE": "x", "LOCAL_RANK": "-1", "NODE_RANK": "1", "MPLBACKEND": "Qt4Agg"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    processes.settle_environment()
+    processes.settle_process()
     assert {name: os.environ.get(name) for name in given} == dict.fromkeys(given) | {
         "NODE_RANK": "1",
         "MPLBACKEND": "agg",
@@ -86,7 +86,7 @@ def test_threads_sleep_next_to_a_busy_process_unless_the_user_says_otherwise(
 
 
 def test_a_character_that_the_terminal_lacks_is_spelled() -> None:
-    code = "from finetuning.processes import show_any_text; show_any_text(); print('l\u00e4uft')"
+    code = "from finetuning.processes import settle_process; settle_process(); print('l\u00e4uft')"
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, env=ascii_only, capture_output=True, text=True)

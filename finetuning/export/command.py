@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, parse_path
-from finetuning.processes import fast_imports, interruptible, settle_environment, share_processors, show_any_text
+from finetuning.processes import fast_imports, interruptible, settle_process, share_processors
 from finetuning.processor import limit_libraries
 from finetuning.runs.finished import read_finished
 from finetuning.settings import check_data_dir
@@ -46,8 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
-    show_any_text()
-    settle_environment()
+    settle_process()
     return exit_status(lambda: command(argv), "interrupted: nothing was written")
 
 

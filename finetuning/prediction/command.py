@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from finetuning.errors import UserError, exit_status, say
 from finetuning.flags import OneLineParser, parse_path
 from finetuning.prediction.trained import Trained, read_trained
-from finetuning.processes import fast_imports, interruptible, settle_environment, share_processors, show_any_text
+from finetuning.processes import fast_imports, interruptible, settle_process, share_processors
 from finetuning.processor import limit_libraries
 
 if TYPE_CHECKING:  # functions import torch and pandas themselves, so that a wrong flag fails before they are loaded
@@ -114,8 +114,7 @@ def command(argv: Sequence[str] | None) -> int:
         OutputFailed: the output cannot be written.
     """
     arguments = make_parser().parse_args(argv)
-    show_any_text()
-    settle_environment()
+    settle_process()
     check_flags(arguments)
     limit_libraries()
     share_processors()

@@ -16,7 +16,7 @@ from finetuning.comparison.execution import StopSignals
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, as_user_error, exit_status, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
-from finetuning.processes import be_nobodys_task, interruptible, settle_environment, show_any_text
+from finetuning.processes import be_nobodys_task, interruptible, settle_process
 from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequ
         results: the default folder of the report.
         pages: the default pages of a report from this folder.
     """
-    show_any_text()
-    settle_environment()
+    settle_process()
     be_nobodys_task()
     return exit_status(lambda: command(argv, make_parser(results, pages)))
 
