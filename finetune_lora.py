@@ -43,11 +43,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
 
 @stoppable()
 def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
-    """Does what the flags ask for. Returns the exit status.
-
-    Raises:
-        UserError: input is refused.
-    """
+    """Does what the flags ask for, or refuses it. Returns the exit status."""
     instead, given = split_command(given_flags(argv, DESCRIPTION, defaults))
     config = settings_to_run(given, defaults)
     if config is None:

@@ -39,10 +39,6 @@ COLUMNS = (
 def measure(folder: Path, seed: int) -> Record:
     """Trains on one split, and answers the test texts with each threshold.
 
-    Args:
-        folder: the data.
-        seed: of the split.
-
     Raises:
         UserError: the run failed.
     """

@@ -100,7 +100,6 @@ def planned(works: Sequence[Work], seeds: Sequence[int] | None = None) -> list[M
     """All measurements in their order: seed by seed, and both contestants one after the other.
 
     Args:
-        works: the data sets.
         seeds: the same for all of them; ``None``: as many as each has.
     """
     asked = range(max(work.seeds for work in works)) if seeds is None else seeds
@@ -127,11 +126,9 @@ def measure_all(
     """Does every run that has no record yet, and prints each result, then the time left.
 
     Args:
-        measurements: from ``planned``.
         data_dir: the folder with a folder for each data set.
         folder: where run directories and records are kept.
         peer_flags: flags of ``peft_run.py`` that the suite does not have.
-        start: runs a command.
 
     Raises:
         UserError: a record is from another command.

@@ -49,11 +49,7 @@ SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  #
 
 
 def steps_table(folder: Path = STEPS) -> str:
-    """Markdown: a row for each setting, a column for each data set with the mean over seeds, in %.
-
-    Args:
-        folder: the collected runs.
-    """
+    """Markdown: a row for each setting, a column for each data set with the mean over seeds, in %."""
     results = [result for result in _finished(folder) if not _multi_label(result)]
     rows: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for result in results:
@@ -71,11 +67,7 @@ def steps_table(folder: Path = STEPS) -> str:
 
 
 def rare_labels_table(folder: Path = STEPS) -> str:
-    """Markdown: the multi-label runs, by steps: how many labels they find at all, and micro F1 at the threshold.
-
-    Args:
-        folder: the collected runs.
-    """
+    """Markdown: the multi-label runs, by steps: how many labels they find at all, and micro F1 at the threshold."""
     results = [result for result in _finished(folder) if _multi_label(result)]
     rows = []
     for result in sorted(results, key=lambda result: (result["train"]["steps"], result["config"]["batch_size"])):
@@ -105,11 +97,7 @@ def _validation(runs: Sequence[Record]) -> str:
 
 
 def patience_table(folder: Path = STEPS) -> str:
-    """Markdown: what ``--patience`` would have cost and saved in the runs of ``steps`` with at least five epochs.
-
-    Args:
-        folder: the collected runs.
-    """
+    """Markdown: what ``--patience`` would have cost and saved in the runs of ``steps`` with at least five epochs."""
     found: dict[bool, list[list[float]]] = {True: [], False: []}  # few texts or not -> accuracies by epoch
     records = read_records(folder)[0].values()
     for record in records:

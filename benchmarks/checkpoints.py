@@ -35,10 +35,6 @@ RUN_SECONDS, EVERY_SECONDS = 20 * 60, 5 * 60
 def measure(method: str, texts: int) -> Record:
     """Trains with a checkpoint after each step.
 
-    Args:
-        method: one of ``METHODS``.
-        texts: number of training texts.
-
     Raises:
         UserError: the run failed.
     """

@@ -148,11 +148,7 @@ def in_short(record: Record) -> str:
 
 
 def chosen(parts: list[Part], names: str | None) -> list[Part]:
-    """The parts that ``--parts`` asks for; model and texts are always made.
-
-    Raises:
-        UserError: no part has such a name.
-    """
+    """The parts that ``--parts`` asks for, refused if there is none of such a name; model and texts are always made."""
     if names is None:
         return parts
     wanted = tuple(names.split(","))

@@ -40,11 +40,7 @@ def make_parser(description: str, **switches: str) -> argparse.ArgumentParser:
 
 
 def require_positive(options: argparse.Namespace, *names: str) -> None:
-    """Checks flags that must be above 0, if they are given.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Refuses flags that are given, but not above 0."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value <= 0:

@@ -58,13 +58,7 @@ COLUMNS = (
 
 
 def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
-    """Trains and evaluates everybody in turns. Rates count real tokens.
-
-    Args:
-        work: what to measure.
-        rounds: number of rounds, after a warm-up of everybody.
-        folder: from ``workload.prepare``.
-    """
+    """Trains and evaluates everybody in turns, after a warm-up of everybody. Rates count real tokens."""
     from benchmarks.contestants import CONTESTANTS, Contestant  # torch, after instructions are hidden
     from benchmarks.measure import rate_of
 

@@ -31,7 +31,6 @@ def measure(repeats: int, flags: str, journal: harness.Journal) -> None:
     """Trains ``repeats`` times on each path.
 
     Args:
-        repeats: number of rounds.
         flags: further flags of ``finetune_lora.py``.
         journal: gets what each training measured.
 

@@ -146,11 +146,7 @@ def gain_everywhere(grid: Grid, method: str, default: Mapping[str, float]) -> st
 
 
 def collected(study: str) -> Grid:
-    """The collected runs of a study over data sets.
-
-    Raises:
-        UserError: they are too few.
-    """
+    """The collected runs of a study over data sets, refused if they are too few."""
     grid = grid_of(read_study(study, ROOT / "results"))
     if grid is None:
         raise UserError(f"{study}: no two methods have runs on {LEAST_SETS} data sets")

@@ -83,8 +83,6 @@ def frozen_features(
     """The mean token vectors of all splits, each (texts, width).
 
     Args:
-        splits: the texts.
-        folder: of the model.
         data: how long texts are cut.
         known: vectors that earlier cells have made, because cells of a data set share texts. New ones are added.
     """

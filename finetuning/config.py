@@ -81,11 +81,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "RunConfig":
-        """Builds the configuration from the result of ``to_dict``.
-
-        Raises:
-            UserError: like ``from_settings``.
-        """
+        """Builds the configuration from the result of ``to_dict``, or refuses it like ``from_settings``."""
         named = {name: stored.get(name) for name, flag in FLAGS.items() if flag.kind is Path}
         paths = {name: Path(value) for name, value in named.items() if value is not None}
         names = {"model_name": recorded_name(stored["model_name"])} if stored.get("model_name") else {}

@@ -81,7 +81,6 @@ def first_line(error: BaseException, name_file: bool = False) -> str:
     """The first line of an error's message.
 
     Args:
-        error: any error.
         name_file: whether to name the file of an ``OSError``. Leave it out if the text around the line names it.
     """
     text = str(error)
@@ -120,7 +119,6 @@ def listed(names: Iterable[object], most: int | None = None) -> str:
     """Names in one line. Long names are shortened, because the first line of a file without a header can be a text.
 
     Args:
-        names: what to list.
         most: how many are shown; ``None``: all.
     """
     shown = [textwrap.shorten(str(name), 40, placeholder="...") for name in names]
@@ -137,7 +135,6 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     """Runs a command. If it ends early, it says why in one line on standard error.
 
     Args:
-        command: does the work and returns the exit status.
         interrupted: the line after Ctrl-C; empty if the command has said enough.
 
     Returns:
@@ -204,7 +201,6 @@ def say(text: str, stream: TextIO | None = None) -> None:
     The same holds for a terminal that was closed: writing to it fails a moment before SIGHUP arrives.
 
     Args:
-        text: for a person.
         stream: where to; standard output if ``None``. If that is ``Unheard``, only progress is shown.
     """
     if isinstance(sys.stdout, Unheard):

@@ -77,8 +77,6 @@ def hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -
     """The local path of a hub data set's file, downloaded if the cache does not have it.
 
     Args:
-        repository: the data set's hub id.
-        filename: the file's path in the repository.
         instead: the flags to advise if it cannot be downloaded.
 
     Raises:
@@ -109,11 +107,9 @@ def hub_snapshot(
 
     Args:
         flag: the flag and its value, for messages.
-        repository: the hub id.
         offline: never use the network; the cache is then taken as it is.
         instead: the flags to advise if the hub cannot be reached.
         is_complete: whether a folder of the cache has all that is needed, so that the hub need not be asked.
-        repo_type: what the repository holds.
         patterns: the files to download; ``None`` downloads all.
 
     Raises:

@@ -117,9 +117,5 @@ def page_with_tables(page: Path, tables: Mapping[str, str]) -> str:
 
 
 def renew_tables(page: Path, tables: Mapping[str, str]) -> None:
-    """Renews these tables in a page and writes it in one step: a reader sees the old page or the new one.
-
-    Raises:
-        UserError: see ``page_with_tables``.
-    """
+    """Renews the ``page_with_tables`` and writes it in one step: a reader sees the old page or the new one."""
     write_text(page, page_with_tables(page, tables))

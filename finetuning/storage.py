@@ -38,7 +38,6 @@ def check_writable(path: Path, flag: str = "") -> None:
     """Checks that a directory can be made or written. Writes nothing.
 
     Args:
-        path: the directory.
         flag: what gave it, with a space.
 
     Raises:
@@ -56,7 +55,6 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     Several processes may write the same path at once. Each uses its own temporary file, and the last one wins.
 
     Args:
-        path: the file to write.
         write: writes the content to the path that it is given.
         keep: the name that an old file at ``path`` gets; ``None`` replaces it.
     """
@@ -178,11 +176,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_new_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that does not exist yet, see ``write_new``.
-
-    Raises:
-        FileExistsError: it exists.
-    """
+    """Writes a JSON file that does not exist yet, see ``write_new``."""
     write_new(path, lambda temporary: write_json(temporary, content))
 
 

@@ -69,11 +69,7 @@ def refused_before(step: str, words: list[str], cache: Path) -> Outcome | None:
 
 
 def require_refused(outcome: Outcome, names: list[str], directory: Path, case: object) -> None:
-    """Checks that a command refused its input in one line that has one of these names, and left nothing.
-
-    Raises:
-        Broken: it did not.
-    """
+    """Checks that a command refused its input in a line with one of these names and left nothing: else ``Broken``."""
     lines = outcome.printed.split("\n")[:-1]
     named = len(lines) == 1 and any(name in lines[0] for name in names)
     if outcome.status != 2 or not named or directory.exists():

@@ -161,11 +161,7 @@ class Commands:
         return self.ended(process, log)
 
     def ended(self, process: BaseProcess, log: Path) -> Outcome:
-        """How a command that was started ends.
-
-        Raises:
-            Broken: it does not end.
-        """
+        """How a command that was started ends: ``Broken`` if it does not."""
         process.join(LIMIT_SECONDS)
         if process.exitcode is None:
             process.kill()
@@ -296,22 +292,14 @@ def number_of(directory: Path) -> int:
 
 
 def require_same(directory: Path, whole: Path) -> None:
-    """Checks that a run left what an undisturbed one leaves.
-
-    Raises:
-        Broken: something differs.
-    """
+    """Checks that a run left what an undisturbed one leaves: else ``Broken``."""
     found, expected = left_by(directory), left_by(whole)
     if differing := [name for name in expected if found[name] != expected[name]]:
         raise Broken(f"{', '.join(differing)} of {directory.name} differ from the undisturbed run")
 
 
 def require(holds: bool, what: str, outcome: Outcome) -> None:
-    """Checks a promise.
-
-    Raises:
-        Broken: it does not hold.
-    """
+    """Checks a promise: else ``Broken``."""
     if not holds:
         raise Broken(f"{what}: status {outcome.status}, {outcome.lines or outcome.printed[-300:]}")
 

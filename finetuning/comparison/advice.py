@@ -98,7 +98,6 @@ def advice_tables(studies: Sequence[Study], compared: Compared, link: str) -> di
     """The table of all studies, and the tables of ``TABLES`` whose rows were all collected: name -> Markdown.
 
     Args:
-        studies: all collected studies.
         compared: the pairs of each study's rows.
         link: the way from the page to the results folder, for links to each study's full table.
     """

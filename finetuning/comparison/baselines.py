@@ -79,7 +79,6 @@ def affordable(sizes: Mapping[str, Size], classes: int, seconds: float, free_byt
 
     Args:
         sizes: split -> its size; train is among them.
-        classes: how many there are.
         seconds: what it may take.
         free_bytes: memory that the process may still take; half of it is used at most. ``None`` if it is not known.
     """
@@ -104,9 +103,7 @@ def baseline_logits(
     joined with a line break, so the vectorizer sees both, and does not know which is which.
 
     Args:
-        train: the training texts.
         held_out: split -> its texts.
-        classes: how many there are.
         check: is called often. What it raises ends the work.
 
     Returns:
@@ -164,10 +161,8 @@ def advice(
     """What to try if the baseline is better on validation; empty if it is not, or if a score is missing.
 
     Args:
-        run: the run's scores.
         baseline: the baseline's scores, and ``examples``, the texts that both were scored on.
         monitor: the score that counts.
-        multi_label: whether the run is multi-label.
         all_linears: whether to advise LoRA on all linears.
         early: whether the best epoch came before the middle of the run, so that more of them gain nothing.
     """

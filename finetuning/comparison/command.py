@@ -24,7 +24,6 @@ def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
     """Adds the subcommands for a study.
 
     Args:
-        add: adds each of them.
         results: the default folder of the report.
         pages: the default pages of a report from this folder.
     """

@@ -57,11 +57,7 @@ def shown_settings(settings: Mapping[str, Any]) -> str:
 
 
 def check_search(search: Any) -> None:
-    """Checks ``[search]``.
-
-    Raises:
-        UserError: a key or value is not allowed.
-    """
+    """Refuses keys and values of ``[search]`` that are not allowed."""
     if search is None:
         return
     if not isinstance(search, dict) or not set(search) <= {"trials", "seed"}:
@@ -73,11 +69,7 @@ def check_search(search: Any) -> None:
 
 
 def check_numbers(where: str, flag: str, values: Sequence[Any]) -> None:
-    """Checks that values of a flag that takes numbers are numbers: a command takes ``"1e-3"``, but a table cannot.
-
-    Raises:
-        UserError: one is a text.
-    """
+    """Refuses a text as the value of a flag that takes numbers: a command takes ``"1e-3"``, but a table cannot."""
     texts = [value for value in values if isinstance(value, str) and value != AUTO]
     if FLAGS[flag].kind in (int, float) and texts:
         raise UserError(f"{where} {texts[0]!r}: must be a number, without quotes")

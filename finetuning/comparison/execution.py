@@ -91,11 +91,7 @@ class CurrentRun:
 
 
 def chosen_runs(runs: StudyRuns, stage: str, index: int | None = None) -> list[PlannedRun]:
-    """The runs of a stage, or only the one with this number.
-
-    Raises:
-        UserError: there is no run with this number.
-    """
+    """The runs of a stage, or only the one with this number, refused if there is none."""
     chosen = runs.study.stage(stage)
     if index is None:
         return chosen

@@ -55,7 +55,6 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
     """Compares every pair of rows whose test predictions were kept, and gives notes about the other rows.
 
     Args:
-        study: any study.
         measure: ``accuracy``, or ``micro_f1`` to compare only rows of multi-label data.
     """
     usable, notes = comparable(study, measure)

@@ -165,7 +165,6 @@ def cost_plot(
     """The test accuracy of each row against its cost, with the Pareto front; ``None`` with fewer than two rows.
 
     Args:
-        study: any study.
         file: the name of the plot's file.
         key: the cost, a key of ``Study.records``.
         name: the cost in words.

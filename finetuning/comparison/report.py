@@ -208,7 +208,6 @@ def part_done(study: Study, on_sets: bool = False) -> str:
     Empty if all are there and none has failed.
 
     Args:
-        study: the study.
         on_sets: whether its rows are named SET-METHOD. Then the methods that lack runs are named.
     """
     parts = []

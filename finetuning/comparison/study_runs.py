@@ -51,8 +51,6 @@ class StudyRuns:
     """A study and the folder of its runs, ``runs/STUDY``.
 
     Args:
-        study: the study.
-        folder: where its runs are.
         data_dir: the folder with the data folders that the study names.
         collected: ``results/STUDY``; its records count if ``folder`` does not hold the run, so another machine may
             have done it.
@@ -75,12 +73,7 @@ class StudyRuns:
         return self.folder / f"{run.name}.log"
 
     def command_words(self, run: PlannedRun, script: Path) -> list[str]:
-        """The run's command without ``python``; its paths are relative to the current folder.
-
-        Args:
-            run: one of the study's runs.
-            script: the path of ``finetune_lora.py``.
-        """
+        """The run's command without ``python``; its paths are relative to the current folder."""
         own = flag_words({"output_dir": self.directory(run)})
         return [os.path.relpath(script), *run.flags(self.data_dir), *own]
 

@@ -23,7 +23,6 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
     """The text of each row. Several columns are joined with a space; empty parts are left out.
 
     Args:
-        table: any table.
         wanted: ``--text_column``, or the other flag's value.
         where: the table's file, for the message.
         flag: the flag that ``wanted`` comes from.

@@ -98,7 +98,6 @@ def read_frame(path: Path, wanted: Callable[[Collection[str]], Collection[str]] 
     """All rows of a table, as ``read_chunks`` reads them.
 
     Args:
-        path: the table.
         wanted: from the names of all columns, those that are needed. A parquet file is read without the others, which
             may be large, or of a type that pandas does not know. If one is missing, or has a point in its name, which
             would mean a part of a column, all are read.

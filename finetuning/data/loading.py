@@ -33,7 +33,6 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     """Reads, checks and splits the data, removes leaks, and applies the limits.
 
     Args:
-        data: the settings of the data.
         offline: never use the network. IMDb is then the packaged reviews, unless ``data.data_dir`` is given.
 
     Raises:
@@ -87,11 +86,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
 
 
 def prefetch_texts(data: DataSettings) -> None:
-    """Downloads the data into the caches, and checks that it can be read.
-
-    Raises:
-        UserError: like ``load_texts``.
-    """
+    """Downloads the data into the caches, and checks like ``load_texts`` that it can be read."""
     load_texts(data, offline=False)
 
 
@@ -99,10 +94,8 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
     """The tokens of each split, from the cache if possible.
 
     Args:
-        texts: from ``load_texts``.
         tokenizer: a fast tokenizer of transformers; its own truncation and padding are ignored.
         data: how long texts are cut, see ``encode_texts``.
-        test: whether to include the test split.
 
     Raises:
         UserError: the cache cannot be written, or as in ``encode_texts`` and ``encode_pairs``.

@@ -22,11 +22,7 @@ BASE = "base"  # the folder of the base model in the exported folder
 
 
 def check_adapter(method: MethodSettings) -> None:
-    """Checks that the run has an adapter, and that PEFT is installed to prove it.
-
-    Raises:
-        UserError: it is not so.
-    """
+    """Refuses a run without an adapter, and one with an adapter if PEFT is not installed to prove it."""
     if method.method != "lora":
         raise UserError(f"--adapter: needs a run with --method lora, but the method is {method.method}")
     if find_spec("peft") is None:

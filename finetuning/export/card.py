@@ -54,8 +54,6 @@ def write_card(
 
     Args:
         folder: the exported folder, whose name the snippets use.
-        run: the run.
-        base_folder: the run's base model.
         answers: for the split that the card reports.
         snippets: Python code, to be run in the folder above.
         sentences: what the proof found.
@@ -226,7 +224,6 @@ def pipeline_snippet(name: str, pairs: bool, threshold: float | None) -> str:
     """Code that uses a plain folder in a pipeline.
 
     Args:
-        name: of the folder.
         pairs: whether a row is two texts.
         threshold: of a multi-label run, the probability above which a label is given.
     """

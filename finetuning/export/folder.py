@@ -120,8 +120,6 @@ def load_classifier_of(run: FinishedRun, base: BaseModel, unrounded: bool) -> tu
     """The run's classifier, and the name of the precision of the run's products.
 
     Args:
-        run: the run.
-        base: its base model.
         unrounded: whether frozen weights are those of the base model's file, instead of those that training saw.
     """
     config = run.config.changed(compile=False, gradient_checkpointing=False)

@@ -16,11 +16,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_onnx() -> None:
-    """Checks that the optional packages are installed.
-
-    Raises:
-        UserError: one of them is not.
-    """
+    """Refuses to go on unless the optional packages are installed."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
@@ -53,7 +49,6 @@ def write_onnx(path: Path, model: Any, types: bool = False) -> None:
     wrong by 0.01 for tiny models of four families.
 
     Args:
-        path: the file.
         model: Hugging Face's classifier in fp32, in evaluation mode.
         types: whether token types are a third input.
     """

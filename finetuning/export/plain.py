@@ -47,7 +47,6 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> list[s
 
     Args:
         folder: where to write; it exists.
-        loaded: the run.
         dtype: precision of the weights: a key of ``DTYPES``.
         onnx: whether to write ONNX as well, in fp32.
 
@@ -144,10 +143,6 @@ def plain_model(classifier: Classifier, pad_id: int) -> Any:
 
     LoRA is merged into the weight that training saw: with a packed base, the dequantized one. Hugging Face's decoders
     find a text's last token by the config's padding token, which many base models do not name.
-
-    Args:
-        classifier: the run's.
-        pad_id: the tokenizer's padding id.
 
     Raises:
         UserError: a weight is not finite.

@@ -99,9 +99,6 @@ def held_out(
         tokens: the same splits as token ids.
         stored: the run's own answers, split by split.
         hashes: of the splits when the run began, from ``data_hashes``.
-        limit: largest number of texts.
-        pad_id: the tokenizer's padding id.
-        window_pooling: the run's.
 
     Raises:
         UserError: these are not the texts that the run predicted.
@@ -149,7 +146,6 @@ def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarr
 
     Args:
         folder: the exported folder; the process starts in the folder above it.
-        held: the texts.
         job: ``texts``, ``onnx``, ``onnx_alone``, ``base`` and ``classes`` of ``fresh_process.py``.
 
     Raises:
@@ -191,11 +187,7 @@ def run_alone(words: Sequence[str], folder: Path) -> str:
 
 
 def compare_logits(what: str, found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference.
-
-    Raises:
-        ExportFailed: it is larger than ``LARGEST_DIFFERENCE``, or not a number.
-    """
+    """The largest difference: ``ExportFailed`` if it is above ``LARGEST_DIFFERENCE``, or not a number."""
     largest = float(np.abs(found - expected).max(initial=0.0))
     if not largest <= LARGEST_DIFFERENCE:
         raise ExportFailed(
@@ -218,11 +210,7 @@ def changed_texts(answers: Answers, others: Answers) -> int:
 
 
 def in_fresh_process(what: str, found: np.ndarray, expected: np.ndarray, held: HeldOut) -> str:
-    """Compares the logits of a fresh process with those of the run's merged model.
-
-    Raises:
-        ExportFailed: as ``compare_logits``.
-    """
+    """Compares the logits of a fresh process with those of the run's merged model, by ``compare_logits``."""
     largest, texts = compare_logits(what, found, expected), len(held.sequences)
     sample = f"all {texts:,}" if texts == held.total else f"a stratified sample of {texts:,} of {held.total:,}"
     return (

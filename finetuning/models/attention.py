@@ -62,7 +62,6 @@ class Attention:
     """The attention of one forward.
 
     Args:
-        model, family: a classifier and its family.
         norms: the form of its norms.
         rows: how tokens are laid out.
         padding: ``(B, T)``, True at padding, or ``None``. A decoder needs none: padding follows the text, where no real
@@ -313,7 +312,6 @@ def cos_and_sin(rotary: nn.Module, length: int, device: torch.device, kind: str 
     Args:
         rotary: Hugging Face's module, which knows the base and the scaling of the angles.
         length: T.
-        device: where to make them.
         kind: the layer's type, by which some models choose the angles.
     """
     module: Any = rotary

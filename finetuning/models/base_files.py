@@ -40,8 +40,6 @@ def find_folder(model_name: str, offline: bool, instead: str) -> Path:
     """The folder of the base model; unpacks it, or downloads it if the hub's cache does not contain it.
 
     Args:
-        model_name: ``--model_name``.
-        offline: if true, the network is not used.
         instead: the flags that the error message advises if the hub cannot be reached.
 
     Raises:
@@ -55,11 +53,7 @@ def find_folder(model_name: str, offline: bool, instead: str) -> Path:
 
 
 def check_folder(model_name: str, folder: Path) -> None:
-    """Checks what the files alone can tell, before torch is loaded: config, weights and tokenizer are there.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Refuses a model, before torch is loaded, if its config, weights or tokenizer are missing or damaged."""
     stored_config(model_name, folder)
     check_weights(model_name, folder)
     check_tokenizer(model_name, folder)

@@ -68,7 +68,6 @@ def find_base_model(config: RunConfig, folder: Path | None = None) -> BaseModel:
     """The base model of a run, downloaded if necessary.
 
     Args:
-        config: the run's settings.
         folder: what ``find_folder`` has found for them; ``None`` finds it here.
 
     Raises:
@@ -84,10 +83,6 @@ def find_base_model(config: RunConfig, folder: Path | None = None) -> BaseModel:
 
 def read_base_model(model_name: str, folder: Path) -> BaseModel:
     """Reads the config of the base model in a folder.
-
-    Args:
-        model_name: ``--model_name``.
-        folder: from ``find_folder``.
 
     Raises:
         UserError: there is no usable ``config.json``, or the model is not supported.
@@ -150,7 +145,6 @@ def _check_layers(base: BaseModel, flag: str, needed: int, instead: str, counted
     """Refuses a flag that needs more encoder layers than the model has, or a list of layers that it lacks.
 
     Args:
-        base: the base model.
         flag: the flag with its value.
         needed: how many layers it needs.
         instead: what to do for a model without a list of layers.
@@ -197,8 +191,6 @@ def check_vocabulary(base: BaseModel, tokenizer: PreTrainedTokenizerBase, tokens
     A tokenizer may have more tokens than its model, as long as none of them is used.
 
     Args:
-        base: the base model.
-        tokenizer: from ``load_tokenizer``.
         tokens: arrays of token ids, none empty.
 
     Raises:

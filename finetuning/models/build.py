@@ -38,8 +38,6 @@ def build_classifier(
     """Builds the classifier that the settings of method, LoRA, model and hardware describe.
 
     Args:
-        config: the run's settings.
-        base: the base model, from ``find_base_model``.
         label_names: one name per class, in the order of the labels.
         dtype: precision of matrix products and frozen weights: float32, bfloat16 or float16.
         linears: as in ``place_lora``.
@@ -76,12 +74,7 @@ def _freeze(model: nn.Module, family: ModelFamily, method: MethodSettings, lora:
 
 
 def int8_widths(base: BaseModel, method: MethodSettings, lora: LoRASettings | None) -> list[int]:
-    """The widths, in and out, of the linears that ``--precision int8`` quantizes in a run. Reads no weights.
-
-    Args:
-        base: the base model.
-        method, lora: the run's settings.
-    """
+    """The widths, in and out, of the linears that ``--precision int8`` quantizes in a run. Reads no weights."""
     model, family = base.empty_classifier(), base.family
     _freeze(model, family, method, lora)
     linears = frozen_linears(model, family).values()
@@ -106,9 +99,6 @@ def place_lora(
     """Wraps each linear that the placement flags or ``--lora_modules`` select in a ``LinearWithLoRA``.
 
     Args:
-        model: Hugging Face's classifier.
-        family: its family.
-        settings: the flags.
         linears: instead of the flags, full names of linears with rank and alpha, as an adapter has them.
 
     Raises:

@@ -24,10 +24,6 @@ DECODERS = ("ctrl",)  # types whose head reads the last token, as "score" does i
 def family_of(config: Any, model_name: str) -> ModelFamily:
     """The family of a model.
 
-    Args:
-        config: the model's config.
-        model_name: ``--model_name``, for the error.
-
     Raises:
         UserError: it is no text classifier that the suite can train.
     """
@@ -44,14 +40,6 @@ def check_targets(
     layers: Iterable[int] | None,
 ) -> None:
     """Checks that the placement flags and ``--lora_modules`` select linears of this model.
-
-    Args:
-        config: the model's config.
-        family: its family.
-        targets: the parts that the placement flags select.
-        modules: the names of ``--lora_modules``.
-        name: ``--model_name``, for the error.
-        layers: the layers of ``--lora_layers``.
 
     Raises:
         UserError: the type has no row and no names are given, or a name matches no linear.

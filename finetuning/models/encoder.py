@@ -52,7 +52,6 @@ def classify(
 
     Args:
         model: Hugging Face's classifier; some of its linears may be ``LinearWithLoRA`` or packed in 4 bits.
-        family: names of the model's modules and settings.
         input_ids: ``(B, T)``.
         attention_mask: ``(B, T)``, 0 at padding; the first token is never padding.
         dtype: the precision of products and activations; weights in another one are cast to it.

@@ -30,9 +30,6 @@ class Int8Linear(nn.Module):
         weight: ``(out, in)`` int8.
         scale: ``(out,)`` fp32; the dense weight is ``scale[:, None] * weight``.
         bias: ``(out,)`` fp32, or ``None``.
-
-    Args:
-        linear: the linear to quantize.
     """
 
     scale: Tensor
@@ -101,7 +98,6 @@ def int8_linears(
 
     Args:
         x: the input, fp32 or bf16.
-        modules: the linears.
         loras: A ``(rank, in)`` and the scaled B ``(out, rank)`` of each, or ``None``.
         activation: applied to x first.
         factors: multiply the rows of weights and B, ``(sum of out,)`` fp32, constants.

@@ -38,8 +38,6 @@ class LoRALayer(nn.Module):
     """The trained part: ``x -> scale * B A dropout(x)``. Its output is zero at first, because B is zero.
 
     Args:
-        in_features: width of x.
-        out_features: width of the output.
         rank: inner width, at least 1.
         alpha: numerator of the scale.
         scaling: ``standard`` alpha / rank, ``rslora`` alpha / sqrt(rank), ``raw`` alpha.

@@ -8,14 +8,7 @@ from finetuning.settings import MethodSettings
 
 
 def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings, head: bool) -> None:
-    """Marks parameters as trained or frozen, as the method says. LoRA's matrices are placed later.
-
-    Args:
-        model: Hugging Face's classifier.
-        family: its family.
-        method: the method.
-        head: whether the classification head is trained.
-    """
+    """Marks parameters as trained or frozen, as the method says. LoRA's matrices are placed later."""
     model.requires_grad_(method.method == "full")
     for parameter in in_encoder(model, family, method).values():
         parameter.requires_grad_(True)
@@ -47,12 +40,6 @@ def in_encoder(model: nn.Module, family: ModelFamily, method: MethodSettings) ->
 
 def check_method(model: nn.Module, family: ModelFamily, method: MethodSettings, name: str) -> None:
     """Checks that the encoder has what the method trains.
-
-    Args:
-        model: the classifier; its weights are not read.
-        family: its family.
-        method: the method.
-        name: ``--model_name``, for the error.
 
     Raises:
         UserError: its linears and norms have no biases, or it has no norms.

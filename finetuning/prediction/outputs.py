@@ -81,8 +81,6 @@ def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: 
     """Prints CSV: each text and its answer. A reader that has seen enough may close its end.
 
     Args:
-        answered: the rows and their answers.
-        answers: what they say.
         before: is called before rows are printed.
 
     Raises:
@@ -113,8 +111,6 @@ def write_csv(
     """CSV or TSV. Lists and objects of the input are JSON, what is missing is empty.
 
     Args:
-        chunks: the rows.
-        stream: where to write.
         separator: a comma or a tab.
         digits: of our numbers.
         spelled: from ``AnswerColumns``.
@@ -148,7 +144,6 @@ def write_json(chunks: Chunks, stream: TextIO, lines: bool) -> None:
 
     Args:
         chunks: the rows, at least one.
-        stream: where to write.
         lines: whether each line is an object.
     """
     before, between, after = ("", "\n", "\n") if lines else ("\n", ",\n", "\n]\n")

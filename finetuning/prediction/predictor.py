@@ -38,10 +38,7 @@ class Predictor:
 
     Args:
         trained: where the classifier comes from: how it reads texts.
-        base: its base model.
         classifier: on any device.
-        tokenizer: its tokenizer.
-        device: where to compute.
     """
 
     def __init__(
@@ -104,9 +101,6 @@ def answered(
     """The rows, in chunks, with the values of the columns of ``answers``.
 
     Args:
-        source: the rows.
-        predict: labels texts.
-        answers: what to say about each text.
         skip_bad: whether rows without a text are allowed. They get an empty answer.
         done: is told how many rows were labelled or skipped.
 

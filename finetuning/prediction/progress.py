@@ -17,7 +17,6 @@ class Progress:
     """Counts rows and shows their rate and, with a total, the time left.
 
     Args:
-        title: what is done.
         total: number of rows; ``None`` if it is not known.
     """
 

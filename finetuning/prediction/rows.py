@@ -210,7 +210,6 @@ def survey(source: Source, skip_bad: bool, typed: bool, done: Callable[[int], ob
     """Reads all rows once and checks them.
 
     Args:
-        source: the rows.
         skip_bad: whether rows without a text are allowed.
         typed: whether to find the type of each column, for parquet.
         done: is told how many rows were read.

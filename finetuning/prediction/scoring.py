@@ -46,12 +46,7 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
 
 
 def trained_on(file: Path, data: DataSettings) -> bool:
-    """Whether a file may have texts that a run was trained on, by its path.
-
-    Args:
-        file: what ``--file`` gave.
-        data: the run's settings.
-    """
+    """Whether a file may have texts that a run was trained on, by its path."""
     if data.data_dir is None:
         return False
     with suppress(OSError):  # the data of the run are elsewhere now
@@ -69,7 +64,6 @@ class Score:
     """Counts right answers, and answers and true labels by class, while they pass.
 
     Args:
-        trained: what labels texts.
         column: of the input, with the true labels; a text without one is not counted.
         codes: from ``label_codes``.
         separator: multi-label: what separates the labels of a text; ``None``: they are lists.

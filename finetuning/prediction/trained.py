@@ -52,11 +52,7 @@ class Trained:
         return traits_of(self.config.data.dataset).clean
 
     def check_pairs(self, given: bool) -> None:
-        """Checks that texts come in pairs if and only if the run was trained on pairs.
-
-        Raises:
-            UserError: they do not.
-        """
+        """Refuses pairs of texts unless the run was trained on pairs, and single texts if it was."""
         wanted = self.pairs if self.exported else self.config.data.text_pair_column is not None
         if wanted is None or given == wanted:
             return

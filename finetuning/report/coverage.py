@@ -42,7 +42,6 @@ def risk_table(validation: Answers, main: Answers, split: str, candidates: int) 
     Args:
         validation: its answers, calibrated.
         main: the answers of the split, calibrated.
-        split: its name.
         candidates: as in ``least_confidence``.
     """
     found = {risk: least_confidence(validation, risk, candidates) for risk in RISKS}

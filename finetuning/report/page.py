@@ -30,14 +30,7 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 def present(
     directory: Path, result: dict[str, Any], settings: RunSettings, splits: "Mapping[str, LabelledTexts]"
 ) -> None:
-    """Writes the report of a finished run, if it is asked for, in the first process. If that fails, it only warns.
-
-    Args:
-        directory: the run directory.
-        result: the content of its ``result.json``.
-        settings: ``report`` and ``report_texts``.
-        splits: the run's texts.
-    """
+    """Writes the report of a finished run, if it is asked for, in the first process. If that fails, it only warns."""
     if is_helper() or not settings.report or result["status"] != "finished":
         return
     held_out = {name: split.by_row() for name, split in splits.items() if name != "train"}
@@ -54,7 +47,6 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
 
     Args:
         directory: the run directory, with its predictions and learning curve.
-        result: the content of its ``result.json``; the run has finished.
         texts: of the held-out splits; ``None`` keeps them out of the report.
 
     Raises:

@@ -128,7 +128,6 @@ def read_answers(directory: Path, threshold: float | None = None, positive: int 
     """Split -> answers, in the order of the file.
 
     Args:
-        directory: a run directory.
         threshold, positive: as in ``Answers``.
 
     Raises:

@@ -111,10 +111,6 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
     A SLURM job that was requeued has ``--resume auto``, perhaps with ``--overwrite``. It continues the run that it has
     begun, and replaces one that was there before.
 
-    Args:
-        given: the flags that were given.
-        defaults: defaults that replace the usual ones.
-
     Returns:
         The configuration; ``None`` if ``--resume auto`` finds that the run has finished.
 
@@ -162,11 +158,7 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
 
 
 def _status(directory: Path) -> str | None:
-    """Like ``read_status``, but a damaged result is refused, because it may be the one of a finished run.
-
-    Raises:
-        UserError: there is a result that cannot be read.
-    """
+    """Like ``read_status``, but a damaged result is refused, because it may be the one of a finished run."""
     try:
         return read_result(directory).get("status")
     except FileNotFoundError:
@@ -209,8 +201,6 @@ def claimed_directory(
     under the lock, and its checkpoint is chosen only now.
 
     Args:
-        directory: the run directory.
-        settings: every setting of the run by name, from ``RunConfig.to_dict``.
         origin: what the run is made from, see ``write_settings``.
 
     Returns:
@@ -279,7 +269,6 @@ def check_origin(directory: Path, part: str, found: dict[str, str]) -> None:
     """Checks that a part of what a run was made from is still the same.
 
     Args:
-        directory: the run directory.
         part: one of ``PARTS``.
         found: its hashes now, by name.
 

@@ -118,8 +118,6 @@ def write_settings(directory: Path, settings: dict[str, Any], origin: dict[str, 
     """Writes ``settings.json`` with its checksum, because a run that continues must be the same run.
 
     Args:
-        directory: the run directory.
-        settings: the run's settings.
         origin: what a run that continues must find again: hashes of the files of its ``base_model`` and ``adapter``,
             hashes of its ``data``, its ``precision``, and its number of ``threads``, ``None`` on a GPU. Also the number
             of the SLURM ``job`` that began it, or ``None``, and its ``command``.
@@ -138,11 +136,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_origin(directory: Path) -> dict[str, Any]:
-    """What the run was made from, see ``write_settings``.
-
-    Raises:
-        OSError, ValueError: like ``read_settings``.
-    """
+    """What the run was made from, see ``write_settings``; fails like ``read_settings``."""
     return dict(_stored(directory)[ORIGIN])
 
 

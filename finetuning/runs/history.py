@@ -21,7 +21,6 @@ def write_predictions(
     """Writes ``predictions.parquet``: for each text its split, row in the source, label, logits and length.
 
     Args:
-        directory: the run directory.
         splits: split name -> rows (n,), labels (n,), logits (n, classes). Multi-label: labels is (n, classes)
             of 0 and 1, and the file has a list of classes for each text.
         tokens: split name -> row -> length of the text in tokens, as the model read it; ``None`` leaves it out.

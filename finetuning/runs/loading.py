@@ -28,8 +28,6 @@ def base_of_run(directory: Path, config: RunConfig, files: Mapping[str, str]) ->
     """The base model of a finished run.
 
     Args:
-        directory: the run directory.
-        config: the run's settings.
         files: name -> SHA-256 of the base model's files, as the run had them.
 
     Raises:
@@ -54,7 +52,6 @@ def load_classifier(
     """The classifier that a finished run trained, in evaluation mode.
 
     Args:
-        directory: the run directory.
         config, base, label_names, dtype, int8_products: as in ``build_classifier``.
 
     Raises:
@@ -68,11 +65,7 @@ def load_classifier(
 
 
 def read_fitting(path: Path, family: ModelFamily) -> Adapter:
-    """The adapter in a folder, with the linears that a family splits apart.
-
-    Raises:
-        UserError: as in ``read_adapter``.
-    """
+    """The adapter in a folder, by ``read_adapter``, with the linears that a family splits apart."""
     adapter = read_adapter(path)
     return replace(adapter, linears=separate_linears(adapter, family.fused))
 
@@ -86,11 +79,8 @@ def adopt_adapter(
     Where parts of the adapter differ in rank or alpha, its ``linears`` count.
 
     Args:
-        lora: the run's settings.
-        base: the base model.
         moved: whether the base model may have another name than the adapter says: a run that continues knows it by its
             content.
-        pooling: the run's ``--pooling``.
 
     Returns:
         The settings by name, and the adapter.
@@ -201,7 +191,6 @@ def other_classes(adapter: Adapter, base: BaseModel, label_names: Sequence[str])
     Args:
         adapter: an adapter. Only one that a run of this suite wrote has the names of its classes.
         base: its base model, whose head counts if the adapter has none.
-        label_names: the run's classes.
 
     Returns:
         A clause; empty if the classes are the same.

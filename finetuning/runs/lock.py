@@ -29,7 +29,6 @@ class DirectoryLock:
     """Holds a run directory until the context ends. The directory is made if it does not exist.
 
     Args:
-        directory: the run directory.
         patience: seconds to wait for another holder.
 
     Attributes:
@@ -97,7 +96,6 @@ def claimed(path: Path, lease: float = 0.0) -> Iterator[int | None]:
     however they end.
 
     Args:
-        path: the lock file.
         lease: seconds in which the claim of a process on another host counts after its last ``os.utime``, even if that
             host's lock is not seen here; 0 trusts the lock alone.
 

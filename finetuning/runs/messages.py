@@ -73,7 +73,6 @@ def scores_line(scores: Mapping[str, Any], monitor: str, multi_label: bool) -> s
     Args:
         scores: by name, and ``examples``, the number of texts.
         monitor: the metric that chose the checkpoint.
-        multi_label: whether the run is multi-label.
     """
     names = dict.fromkeys(("accuracy", *(("micro_f1",) if multi_label else ()), "macro_f1", monitor))
     shown = score_names(multi_label)

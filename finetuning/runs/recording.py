@@ -28,10 +28,6 @@ def recorded(directory: Path, settings: dict[str, Any]) -> Iterator[RunRecord]:
     """Writes ``result.json``, whether the steps in the context finish, fail or are interrupted.
 
     The context gets the run's record to put its parts into. Afterwards its ``written`` is what was written.
-
-    Args:
-        directory: the run directory.
-        settings: every setting of the run by name.
     """
     record = RunRecord(settings, _command(directory))
     try:

@@ -37,10 +37,7 @@ def save_trained(
     """Writes the trained weights. The base model plus these weights is the run's classifier.
 
     Args:
-        directory: the run directory.
-        classifier: the run's.
         lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
-        model_name: the base model.
         pooling: what the head reads, if the base model's class computes something else.
 
     Returns:
@@ -220,11 +217,6 @@ def adapter_config(
 def load_trained(directory: Path, classifier: Classifier, lora: bool) -> None:
     """Copies a run's trained weights into a classifier that was built with the run's settings.
 
-    Args:
-        directory: the run directory.
-        classifier: gets the weights.
-        lora: whether the weights are an adapter.
-
     Raises:
         UserError: the file is missing, damaged or changed, or belongs to another model.
     """
@@ -248,8 +240,6 @@ def load_initial(
     """Copies an adapter into a classifier whose LoRA layers were placed as it says.
 
     Args:
-        directory: the adapter's folder.
-        classifier: gets the weights.
         optional: whether the adapter may lack a parameter, which then keeps its value.
         left_out: how the names of parameters begin that keep their values although the adapter has them.
 

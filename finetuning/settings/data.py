@@ -152,11 +152,7 @@ def _check_folds(s: Values) -> None:
 
 
 def check_data_dir(data_dir: Path | None) -> None:
-    """Checks that ``--data_dir`` exists, before anything is loaded.
-
-    Raises:
-        UserError: it does not exist, is not readable, or is neither a file nor a folder.
-    """
+    """Refuses a ``--data_dir`` that does not exist, is not readable, or is neither a file nor a folder."""
     if data_dir is None:
         return
     if not os.access(data_dir, os.R_OK):

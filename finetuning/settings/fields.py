@@ -39,11 +39,7 @@ def setting(
 
 
 def require(values: Values, name: str, allowed: bool, message: str) -> None:
-    """Refuses a setting, with its value, unless it is allowed.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuses a setting, with its value, unless it is allowed."""
     if not allowed:
         raise UserError(f"--{name} {getattr(values, name)}: {message}")
 
@@ -64,11 +60,7 @@ class Flag:
 
 
 def flags(sections: dict[str, type]) -> Iterator[Flag]:
-    """Every setting, section by section.
-
-    Args:
-        sections: name -> class.
-    """
+    """Every setting, section by section."""
     for section, kind in sections.items():
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):

@@ -86,11 +86,7 @@ class CommandSettings:
     cache_clear: bool = setting(False, "Empty these caches and stop.")
 
     def check(self, hardware: HardwareSettings, run: RunSettings) -> None:
-        """Refuses settings of a run with which this cannot be done.
-
-        Raises:
-            UserError: there are such settings.
-        """
+        """Refuses settings of a run with which this cannot be done."""
         asked = [name for name, flag in vars(self).items() if flag]
         if len(asked) > 1:
             raise UserError(f"--{asked[0]}, --{asked[1]}: give one of them")

@@ -22,10 +22,6 @@ ALL_LINEARS = {"query", "key", "value", "projection", "mlp"}
 def compare_with_baseline(training: Training, trained: TrainedRecord) -> ComparedRecord | None:
     """Trains the baseline and compares the run with it, in the first process.
 
-    Args:
-        training: of the run.
-        trained: what the run has got.
-
     Returns:
         ``None`` if it is not asked for, or cannot be computed; then one line says why.
 

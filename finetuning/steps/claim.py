@@ -30,10 +30,6 @@ class Claim:
 def claim_directory(directory: Path, inputs: Inputs) -> Claim:
     """Locks the run directory and writes the settings into it. Processes that the run has started only look.
 
-    Args:
-        directory: the run directory.
-        inputs: what the run is made from.
-
     Raises:
         UserError: another process holds the directory, or a run to continue was made from something else.
     """

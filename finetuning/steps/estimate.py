@@ -19,7 +19,6 @@ def estimate_run(config: RunConfig, materials: Materials, folds: int) -> str:
 
     Args:
         config: the run; that of the first fold if there are folds.
-        materials: its base model and texts.
         folds: their number.
 
     Raises:

@@ -103,10 +103,6 @@ class Inputs:
 def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     """Looks at model and machine, and tokenizes the texts. It writes only tokens, into the cache.
 
-    Args:
-        config: what the flags say.
-        materials: base model and texts.
-
     Raises:
         UserError: model, machine, adapter and texts do not fit each other or the settings.
     """
@@ -159,7 +155,6 @@ def length_advice(inputs: Inputs, automatic: int) -> list[str]:
     """What the lengths of the training texts suggest, one sentence each.
 
     Args:
-        inputs: of the run.
         automatic: the epochs of the rule. Those of a flag that are equal count as well, because a resumed run does not
             know where they came from.
     """

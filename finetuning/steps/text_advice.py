@@ -33,10 +33,6 @@ def advice_on_texts(
     """What to try for texts of these numbers, and what they cannot tell.
 
     Args:
-        config: the run's settings.
-        base: its model.
-        task: what is learned.
-        labels: of the texts of each split.
         folds: says whether ``--kfold`` could be given; asked only if that is advised, because it compares all texts.
     """
     advice = missing_advice(task, labels["test"]) if config.run.test else []
@@ -95,7 +91,6 @@ def missing_advice(task: Task, labels: np.ndarray) -> list[str]:
     """That test lacks a class, and what its scores are then; empty if it has all, or for multi-label data.
 
     Args:
-        task: what is learned.
         labels: of the test texts.
     """
     missing = [name for name, count in zip(task.names, task.counts(labels), strict=True) if not count]
@@ -129,11 +124,7 @@ def head_advice(others: str, training: TrainingSettings) -> list[str]:
 
 
 def check_adapter_and_folds(adapter: Adapter, data: DataSettings) -> None:
-    """Refuses folds of texts that the adapter was trained on.
-
-    Raises:
-        UserError: it was trained on the same data.
-    """
+    """Refuses folds of texts that the adapter was trained on."""
     if data.kfold is not None and adapter.knows(data):
         raise UserError(
             f"--kfold {data.kfold}: the adapter of --init_adapter was trained on texts of the same data, which folds"
@@ -145,8 +136,6 @@ def known_texts_advice(adapter: Adapter, data: DataSettings, hashes: Mapping[str
     """That the adapter may have been trained on texts that are scored here, one sentence; else empty.
 
     Args:
-        adapter: of ``--init_adapter``.
-        data: the run's settings.
         hashes: of its splits, from ``data_hashes``.
     """
     if not (adapter.knows(data) and adapter.held_out_differs(data, hashes)):
@@ -162,8 +151,6 @@ def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[s
 
     Args:
         texts: how many train.
-        method: its name.
-        lora: its settings.
     """
     export = "; then the classifier can be exported as ONNX only"
     if method == "head":

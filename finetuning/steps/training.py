@@ -55,11 +55,7 @@ def prepare_training(
     """Makes trainer and batches, and checks that training will fit into memory.
 
     Args:
-        claim: the run.
-        inputs: what it is made from.
-        classifier: what is trained.
         kernels: from ``kernels_used``.
-        watch: clock and signals.
         folds: what they tell the final run of ``--kfold``. It has the schedule of all ``--epochs``, and stops earlier.
 
     Raises:

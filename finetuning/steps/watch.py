@@ -18,7 +18,6 @@ class Watch:
     """The clock and the stop signals of a run, and what the run costs.
 
     Args:
-        claim: the run.
         on_gpu: whether memory is measured on a GPU.
         trackers: they get each row of the history.
     """

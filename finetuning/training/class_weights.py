@@ -17,8 +17,6 @@ def class_weights(setting: str, names: Sequence[str], counts: np.ndarray) -> Ten
     rate means the same with and without weights.
 
     Args:
-        setting: ``--class_weights``.
-        names: the names of the classes.
         counts: (classes,) training texts of each class.
 
     Raises:
@@ -45,8 +43,6 @@ def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Ten
     texts or none have weighs 1.
 
     Args:
-        setting: ``--class_weights``.
-        names: the names of the labels.
         labels: (n, labels) of 0 and 1, of the training texts.
 
     Raises:

@@ -45,9 +45,7 @@ def measure_steps(
 
     Args:
         classifier: the run's classifier, on the CPU.
-        task: the run's task, for its loss.
         splits: train and validation, and test if the run will evaluate it.
-        pad_id: the id of a padding token.
         training: batches, optimizer, number of epochs.
         hardware: the device to measure on.
         frozen_cache_gb: memory in GiB for outputs of frozen layers.

@@ -61,7 +61,6 @@ def resolve_hardware(settings: HardwareSettings, resumed: bool = False, half: bo
     """Asks the machine what ``auto`` means. ``fast`` counts as ``auto``, see ``fastest_precision``.
 
     Args:
-        settings: the run's hardware settings.
         resumed: whether a run continues, whose precision cannot change.
         half: whether the model can compute in 16 bits.
 

@@ -53,7 +53,6 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not.
 
     Args:
-        task: the task.
         logits: (n, classes) of validation.
         training: ``monitor`` and ``class_weights``.
         texts: how many training texts the run has.

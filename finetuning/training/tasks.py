@@ -285,7 +285,6 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
     Args:
         labels: split -> the labels of the training and the validation texts: (n,) classes; multi-label:
             (n, names) of 0 and 1.
-        names: the names of the classes.
         training: ``class_weights``, ``label_smoothing``, ``threshold``, ``positive_label`` and ``monitor``.
 
     Raises:

@@ -29,7 +29,6 @@ class Trackers:
 
         Args:
             names: of ``settings.TRACKERS``.
-            directory: the run directory.
         """
         self._directory, self._names = directory, list(names)
         self._loggers: dict[str, Any] = {}  # those that are open

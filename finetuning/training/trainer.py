@@ -113,7 +113,6 @@ def make_trainer(
 
     Args:
         training, settings, hardware: the run's settings, and what they mean on this machine.
-        directory: the run directory.
         callbacks: further ones, which come first.
         epochs: the number of epochs, if folds have chosen it: then nothing is validated, and no checkpoint is the best.
     """

@@ -62,11 +62,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequ
 
 @interruptible()
 def command(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
-    """Does what the flags ask for. Returns the exit status.
-
-    Raises:
-        UserError: input is refused.
-    """
+    """Does what the flags ask for, or refuses it. Returns the exit status."""
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
@@ -129,11 +125,7 @@ def add_tune(add: Add) -> None:
 
 
 def tune_command(options: argparse.Namespace) -> int:
-    """Does a search, or joins it. Returns the exit status.
-
-    Raises:
-        UserError: input is refused.
-    """
+    """Does a search, joins it, or refuses to. Returns the exit status."""
     if options.space:
         print(space_table().markdown())
         return 0
@@ -147,11 +139,7 @@ def tune_command(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Checks the flags of the search.
-
-    Raises:
-        UserError: one is missing, or has a value that is not allowed.
-    """
+    """Refuses the flags of the search if one is missing, or has a value that is not allowed."""
     if find_spec("optuna") is None:
         raise UserError("tune: needs Optuna: pip install -r requirements-tune.txt, or pip install optuna")
     if options.output_dir is None:
@@ -227,11 +215,7 @@ def start(asked: Asked, budget: Budget, folder: Path) -> None:
 
 
 def check_resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Checks the flags next to ``--resume``.
-
-    Raises:
-        UserError: one is the search's own, or ``--seeds`` is alone.
-    """
+    """Refuses flags of the search's own next to ``--resume``, and ``--seeds`` alone."""
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     own["models"] = " ".join(options.models or ()) or None
     if found := [*((name, value) for name, value in own.items() if value is not None), *given.items()]:
@@ -274,11 +258,7 @@ def data_text(sizes: Mapping[str, int]) -> str:
 
 
 def checked_config(given: dict[str, Any]) -> RunConfig:
-    """The suite's default with the given flags.
-
-    Raises:
-        UserError: a run would refuse them, or a search does.
-    """
+    """The suite's default with the given flags, refused if a run would refuse them, or a search does."""
     config = RunConfig.from_settings(**given)
     if config.data.kfold is not None:
         raise UserError(f"--kfold {config.data.kfold}: a search has no cross-validation: leave it out")

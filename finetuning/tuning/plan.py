@@ -113,11 +113,7 @@ def usable(folder: Path) -> AbstractContextManager[None]:
 
 
 def check_new(folder: Path) -> None:
-    """Checks that a search can begin in a folder.
-
-    Raises:
-        UserError: it is not empty, or cannot be written.
-    """
+    """Refuses a folder in which a search cannot begin: it is not empty, or cannot be written."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     found = [name for name in names if not name.startswith(".") and name != BUDGET]  # another worker may just begin
     if found and not holds_search(folder):
@@ -126,11 +122,7 @@ def check_new(folder: Path) -> None:
 
 
 def check_same(folder: Path, asked: Asked) -> None:
-    """Checks that a worker that comes with flags asks for the search that is in the folder.
-
-    Raises:
-        UserError: it is another one.
-    """
+    """Refuses a worker that comes with flags of another search than the one in the folder."""
     stored, mine = _stored(folder), json.loads(json.dumps(asked.to_dict()))
     flags = [each | {name: shown_value(v) for name, v in each["given"].items()} for each in (stored, mine)]
     for name in dict.fromkeys((*flags[0], *flags[1])):
@@ -144,11 +136,7 @@ def check_same(folder: Path, asked: Asked) -> None:
 
 
 def check_texts(folder: Path, sha256: str) -> None:
-    """Checks that a search goes on with the texts with which it began: scores on others cannot be compared.
-
-    Raises:
-        UserError: they have changed.
-    """
+    """Refuses to go on with other texts than those with which a search began: their scores cannot be compared."""
     if _stored(folder).get("texts", sha256) != sha256:  # earlier versions did not record it
         raise UserError(
             f"--output_dir {folder}: texts or labels have changed since this search began, and scores on others cannot"
@@ -160,7 +148,6 @@ def begin(folder: Path, asked: Asked, space: Space, budget: "Budget", texts: str
     """Begins a search, unless another worker has just begun it.
 
     Args:
-        folder, asked, space, budget: of the search.
         texts: the SHA-256 of its texts.
 
     Raises:
@@ -215,7 +202,6 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
     Minutes and trials that a search has not used when its last runs were chosen do not come back.
 
     Args:
-        folder: of the search.
         minutes, trials: to add.
         seeds: of the last runs; ``None`` leaves them as they are.
     """

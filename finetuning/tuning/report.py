@@ -40,8 +40,6 @@ def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | 
     """Writes best run, summary and page, unless another worker does; then it waits for them.
 
     Args:
-        folder: of the search.
-        plan: the search.
         final: the trials that were trained again, and their seeds.
 
     Returns:
@@ -118,8 +116,6 @@ def make_summary(
     """What the search has found, as ``tune.json`` holds it, without its minutes.
 
     Args:
-        plan: the search.
-        trials: all of its trials.
         runs: the finished last runs of each trial that was trained again.
         winner: the number of the one that won.
         missing: how many last runs of each have not finished; a default that was not trained again lacks none.
@@ -252,14 +248,7 @@ def flags_text(settings: dict[str, Any]) -> str:
 
 
 def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any]) -> str:
-    """The page of a search, which needs no other file.
-
-    Args:
-        name: of the search.
-        plan: the search.
-        trials: all of them.
-        summary: what ``make_summary`` gives.
-    """
+    """The page of a search, which needs no other file."""
     won, monitor = summary["winner"], plan.monitor.replace("_", " ")
     said = f"{trial_name(won['trial'])} wins: {monitor} on validation {_cell(plan, won['validation'][plan.monitor])}."
     headline = f"Gain: {gain_text(summary)}." if summary["gain"] else said[0].upper() + said[1:]

@@ -128,11 +128,7 @@ def reached(url: str) -> Iterator[None]:
 
 
 def check_storage(url: str) -> None:
-    """Opens the storage once.
-
-    Raises:
-        UserError: it cannot be used.
-    """
+    """Opens the storage once, and refuses it if it cannot be used."""
     with reached(url):
         optuna.storages.get_storage(_storage(url)).get_all_studies()  # a proxy connects only when it is asked
 

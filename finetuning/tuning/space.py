@@ -67,11 +67,7 @@ class Space:
         return all(known.get(name) in values for name, values in (parameter.only or {}).items())
 
     def settings(self, point: Point) -> dict[str, Any]:
-        """The flags of a run at this point, without the given ones.
-
-        Raises:
-            UserError: as ``RunConfig.from_settings``.
-        """
+        """The flags of a run at this point, without the given ones, or refused like ``from_settings``."""
         flags: dict[str, Any] = {}
         for parameter in self.parameters:
             if parameter.name not in point or parameter.times_default:
