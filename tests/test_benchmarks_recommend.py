@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from benchmarks import recommend
 from compare_methods import ROOT
 from finetuning.comparison.over_sets import Grid
-from finetuning.errors import UserError
+from tests.common import refusal_of
 from tests.synthetic_runs import grid_in, write_run
 
 # Data set -> classes, and of each method the right ones of 1,000 test texts and the validation score. With few classes
@@ -56,8 +55,7 @@ def test_a_method_on_few_sets_is_left_out(tmp_path: Path) -> None:
 
 def test_too_few_sets_are_one_line(tmp_path: Path) -> None:
     found = grid(tmp_path, {name: SETS[name] for name in ("few1", "few2", "many1")})
-    with pytest.raises(UserError, match="3 data sets have runs of all methods: must be over 3"):
-        recommend.table(found, {})
+    assert "3 data sets have runs of all methods: must be over 3" in refusal_of(recommend.table, found, {})
 
 
 def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> None:

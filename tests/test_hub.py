@@ -11,7 +11,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.data import imdb
 from finetuning.errors import UserError
-from tests.common import texts_of
+from tests.common import refusal_of, texts_of
 from tests.hub_cache import file_server
 
 
@@ -41,8 +41,7 @@ def test_a_host_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
     monkeypatch.setattr(hub.urllib.request, "urlopen", sleep)
     began = time.monotonic()
-    with pytest.raises(UserError, match="the model x is not on this machine"):
-        hub.require_hub("the model x", "y")
+    assert "the model x is not on this machine" in refusal_of(hub.require_hub, "the model x", "y")
     assert time.monotonic() - began < 1
 
 
@@ -52,5 +51,4 @@ def test_hub_switched_off_by_its_own_variable(tmp_path: Path, monkeypatch: pytes
             monkeypatch.setattr(hub.constants, "ENDPOINT", url)
             hub.require_hub("anything", "--offline")
         monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(UserError, match="--offline"):
-            hub.require_hub("anything", "--offline")
+        assert "--offline" in refusal_of(hub.require_hub, "anything", "--offline")

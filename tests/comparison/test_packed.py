@@ -112,8 +112,7 @@ def test_one_process_at_a_time_changes_a_study(tmp_path: Path, monkeypatch: pyte
         write_run(tmp_path, "s", "lora")
     assert list(folder.iterdir()) == []
     (tmp_path / "t").touch()
-    with pytest.raises(UserError, match=f"--results {tmp_path / 't'}: cannot be written"):
-        write_run(tmp_path, "t", "lora")
+    assert f"--results {tmp_path / 't'}: cannot be written" in refusal_of(write_run, tmp_path, "t", "lora")
 
 
 def test_every_line_is_json_by_itself(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from finetuning.config import RunConfig
 from finetuning.data.splits import stratified_parts, wordless
 from finetuning.errors import UserError
-from tests.common import frame, text_config, texts_of, write_texts
+from tests.common import frame, refusal_of, text_config, texts_of, write_texts
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -113,8 +113,7 @@ def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
 def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
     for name in ("train", "test"):
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match="in validation or test but not in train"):
-        texts_of(text_config(tmp_path))
+    assert "in validation or test but not in train" in refusal_of(texts_of, text_config(tmp_path))
     for name in ("train", "test"):
         frame(20).assign(label=[["a"], ["b"]] * 10).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="all 20 training texts also appear in validation or test: remove repeats"):
@@ -133,8 +132,7 @@ def test_limits(tmp_path: Path) -> None:
             match=f"--limit_{name} {size + 1}: must be from 1 to {size}, because the {name} split has {size} texts",
         ):
             texts_of(text_config(tmp_path, **{f"limit_{name}": size + 1}))
-    with pytest.raises(UserError, match="--limit_train 1"):
-        texts_of(text_config(tmp_path, limit_train=1))
+    assert "--limit_train 1" in refusal_of(texts_of, text_config(tmp_path, limit_train=1))
 
 
 @pytest.mark.parametrize(
@@ -180,8 +178,7 @@ def test_labels_of_csv_files_are_numbers_where_all_are(tmp_path: Path, train: st
 def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
     frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
-    with pytest.raises(UserError, match="label '2' appears in validation or test but not in train"):
-        texts_of(text_config(tmp_path))
+    assert "label '2' appears in validation or test but not in train" in refusal_of(texts_of, text_config(tmp_path))
     frame(30).assign(label=["caf\u00e9", "tea"] * 15).to_csv(tmp_path / "train.csv", index=False)
     frame(30, 2, "test").assign(label=["cafe\u0301", "tea"] * 15).to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(UserError, match=r"train: it is 'cafe\\u0301', and the other 'caf\\xe9': spell them alike"):
@@ -197,8 +194,7 @@ def test_too_few_texts_to_split(tmp_path: Path) -> None:
     frame(6, 2, "test").to_csv(tmp_path / "test.csv", index=False)
     assert len(texts_of(text_config(tmp_path)).splits["validation"].texts) == 1
     frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
-    with pytest.raises(UserError, match="4 texts are too few for a split 90:10"):
-        texts_of(text_config(tmp_path))
+    assert "4 texts are too few for a split 90:10" in refusal_of(texts_of, text_config(tmp_path))
 
 
 def test_of_pairs_both_texts_make_a_leak(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
 from local_dataset_utilities import tokenize
-from tests.common import ROOT, packaged_folder
+from tests.common import ROOT, packaged_folder, refusal_of
 from tests.scripts import start_script
 
 
@@ -127,8 +127,7 @@ def test_tokens_are_kept_and_damaged_files_made_again(
 def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
-        tokens_of(LONG, tokenizer)
+    assert "FINETUNE_LORA_CACHE" in refusal_of(tokens_of, LONG, tokenizer)
 
 
 def test_several_processes_at_once(tokenizer: Any, cache: Path, tmp_path: Path) -> None:

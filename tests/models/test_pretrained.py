@@ -21,7 +21,7 @@ from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import MINILM_FORMS, PACKAGED_DISTILBERT
 from local_model_utilities import find_base_model
-from tests.common import CORE, LAYERS, packaged_folder
+from tests.common import CORE, LAYERS, packaged_folder, refusal_of
 from tests.tiny_models import save_tokenizer, tiny_model
 
 NAMES = ["bad", "good"]
@@ -215,8 +215,7 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     refused(damaged, "cannot be loaded")
     (damaged / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer"):
-        load_tokenizer(read_base_model("damaged", damaged))
+    assert "tokenizer" in refusal_of(load_tokenizer, read_base_model("damaged", damaged))
     weights.unlink()
     refused(damaged, "cannot be loaded")
 

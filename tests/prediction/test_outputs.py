@@ -22,6 +22,7 @@ from finetuning.prediction import progress
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers, write_csv
 from finetuning.prediction.rows import Answered, Rows, file_of, survey
+from tests.common import refusal_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -188,8 +189,7 @@ def test_objects_with_other_keys(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert pq.read_table(write(source, tmp_path / "out.parquet")).column("id").to_pylist() == [2**60 + 1, None, None]
     source.write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 2}\n{"text": "c", "id": 123456789012345678901}\n')
-    with pytest.raises(UserError, match="parquet cannot hold"):
-        write(source, tmp_path / "big.parquet")
+    assert "parquet cannot hold" in refusal_of(write, source, tmp_path / "big.parquet")
     assert not (tmp_path / "big.parquet").exists()
 
 
@@ -258,14 +258,13 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "there.csv").touch()
     (tmp_path / "broken.csv").symlink_to("nowhere")
     for name, message in (
-        ("a.txt", r"must end in one of \.parquet, \.csv"),
+        ("a.txt", "must end in one of .parquet, .csv"),
         ("labels", "must end in one of"),
         ("there.csv", "already exists: give a new file, or remove it"),
         ("broken.csv", "already exists"),
-        ("folder/a.csv", "the folder .*folder does not exist: make it first"),
+        ("folder/a.csv", f"the folder {tmp_path / 'folder'} does not exist: make it first"),
     ):
-        with pytest.raises(UserError, match=f"--output {tmp_path / name}: {message}"):
-            check_output(tmp_path / name)
+        assert f"--output {tmp_path / name}: {message}" in refusal_of(check_output, tmp_path / name)
     check_output(tmp_path / "a.JSONL.gz")
 
 

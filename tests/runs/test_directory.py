@@ -102,8 +102,7 @@ def test_of_two_runs_that_begin_in_one_directory_the_second_is_refused(tmp_path:
         check(tmp_path)  # both find it free
     held_run(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="another run has just started"):
-        begin(tmp_path, STORED | {"seed": 1})
+    assert "another run has just started" in refusal_of(begin, tmp_path, STORED | {"seed": 1})
     assert contents(tmp_path) == before
 
 
@@ -119,8 +118,7 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
 def test_what_cannot_be_made_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"--output_dir {link}: cannot be written"):
-        begin(link)
+    assert f"--output_dir {link}: cannot be written" in refusal_of(begin, link)
 
 
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
@@ -246,8 +244,7 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatc
     assert (continued.run.resume, continued.training.seed) == (True, 5)
     write_result(tmp_path, {"status": "finished"})
     (tmp_path / BEST_CHECKPOINT).touch()  # killed between its last two steps
-    with pytest.raises(UserError, match="--epochs 4: the run in"):
-        settings_to_run(given | {"epochs": 4}, {})
+    assert "--epochs 4: the run in" in refusal_of(settings_to_run, given | {"epochs": 4}, {})
     assert settings_to_run(given, {}) is None
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, RESULT}
     (tmp_path / BEST_CHECKPOINT).touch()
@@ -256,8 +253,7 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr("finetuning.runs.lock.os.open", _refuse)
     assert settings_to_run(given, {}) is None, "a directory that may only be read"
     monkeypatch.undo()
-    with pytest.raises(UserError, match="--resume auto: needs --output_dir PATH"):
-        settings_to_run({"resume": "auto"}, {})
+    assert "--resume auto: needs --output_dir PATH" in refusal_of(settings_to_run, {"resume": "auto"}, {})
     for directory in (tmp_path, tmp_path / "new"):
         with pytest.raises(UserError, match=r"--resume \w+: cannot be used with --overwrite"):
             settings_to_run({"output_dir": directory, "resume": "auto", "overwrite": True}, {})
@@ -305,8 +301,7 @@ def test_a_directory_has_one_writer(tmp_path: Path) -> None:
                 claimed(tmp_path, wanted(tmp_path, **flags))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}
     assert "already contains a run" in refusal(tmp_path)
-    with pytest.raises(UserError, match="another run has just started"):
-        claimed(tmp_path, wanted(tmp_path))
+    assert "another run has just started" in refusal_of(claimed, tmp_path, wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"
 
 
@@ -318,8 +313,7 @@ def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
     with claimed(tmp_path, wanted(tmp_path))[0]:
         if restarts is not None:
             monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-        with pytest.raises(UserError, match="is being written by"):
-            claimed(tmp_path, wanted(tmp_path, resume=True))
+        assert "is being written by" in refusal_of(claimed, tmp_path, wanted(tmp_path, resume=True))
     assert ("waiting for it" in capsys.readouterr().out) == (restarts == "1")
 
 
@@ -477,8 +471,7 @@ def test_resume_of_a_run_whose_result_is_damaged_is_refused(tmp_path: Path, dama
     for resume in (True, "auto"):
         line = refusal_of(settings_to_run, {"resume": resume, "output_dir": tmp_path}, {})
         assert f"{RESULT} cannot be read" in naming(tmp_path, line)
-    with pytest.raises(UserError, match=f"{RESULT} cannot be read"):
-        claimed(tmp_path, wanted(tmp_path, resume=True))
+    assert f"{RESULT} cannot be read" in refusal_of(claimed, tmp_path, wanted(tmp_path, resume=True))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -10,6 +10,7 @@ from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, write_result
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers, read_validation
 from finetuning.runs.history import write_predictions
+from tests.common import refusal_of
 
 
 def leave(directory: Path, **changes: Any) -> None:
@@ -84,11 +85,9 @@ def test_the_answers_of_a_run_are_read_or_refused(tmp_path: Path, threshold: flo
     assert found.given.tolist() == [[threshold is not None, True], [True, False]]
     write_result(tmp_path, {"status": "finished"})
     write_predictions(tmp_path, {"test": (np.array([7, 9]), np.array([0, 1]), -logits)})
-    with pytest.raises(UserError, match="was changed after its run wrote it"):
-        read_own_answers(run)
+    assert "was changed after its run wrote it" in refusal_of(read_own_answers, run)
     (tmp_path / RESULT).unlink()
     whole = (tmp_path / PREDICTIONS).read_bytes()
     for content in (whole[:-20], b"", None):
         (tmp_path / PREDICTIONS).unlink() if content is None else (tmp_path / PREDICTIONS).write_bytes(content)
-        with pytest.raises(UserError, match=r"predictions\.parquet cannot be read"):
-            read_own_answers(run)
+        assert "predictions.parquet cannot be read" in refusal_of(read_own_answers, run)

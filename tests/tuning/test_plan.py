@@ -29,6 +29,7 @@ from finetuning.tuning.plan import (
 )
 from finetuning.tuning.space import Facts, make_space
 from finetuning.tuning.trials import END, Place
+from tests.common import refusal_of
 
 FACTS = Facts(6, 32, (256,), 6)
 
@@ -71,10 +72,8 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
         (asked(method="lora", search=file), "another file"),
         (asked(method="lora", epochs=None), "its --epochs is not given, yours is auto"),
     ):
-        with pytest.raises(UserError, match=f"--output_dir {folder}: holds another search .{what}"):
-            check_same(folder, other)
-    with pytest.raises(UserError, match="holds another search"):
-        started(folder, method="full")
+        assert f"--output_dir {folder}: holds another search ({what}" in refusal_of(check_same, folder, other)
+    assert "holds another search" in refusal_of(started, folder, method="full")
     with pytest.raises(UserError, match=f"--search {tmp_path}: cannot be read"):
         check_same(folder, asked(method="lora", search=tmp_path))
     assert (folder / SEARCH).read_bytes() == before
@@ -83,23 +82,19 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
 def test_a_search_goes_on_with_its_own_texts(tmp_path: Path) -> None:
     started(tmp_path)
     check_texts(tmp_path, "texts")
-    with pytest.raises(UserError, match="texts or labels have changed since this search began"):
-        check_texts(tmp_path, "others")
+    assert "texts or labels have changed since this search began" in refusal_of(check_texts, tmp_path, "others")
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     check_new(tmp_path / "new")
     check_new(tmp_path)
     (tmp_path / "result.json").touch()
-    with pytest.raises(UserError, match=r"contains result.json, but no search: give a new directory"):
-        check_new(tmp_path)
+    assert "contains result.json, but no search: give a new directory" in refusal_of(check_new, tmp_path)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / SEARCH).write_text("{")
-    with pytest.raises(UserError, match=r"search.json cannot be read"):
-        Plan.read(tmp_path / "new")
+    assert "search.json cannot be read" in refusal_of(Plan.read, tmp_path / "new")
     (tmp_path / "new" / SEARCH).write_text('{"study": "a"}')
-    with pytest.raises(UserError, match=r"search.json cannot be read: it lacks given"):
-        Plan.read(tmp_path / "new")
+    assert "search.json cannot be read: it lacks given" in refusal_of(Plan.read, tmp_path / "new")
 
 
 def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +151,7 @@ def test_a_worker_that_comes_second_leaves_the_clock_alone(tmp_path: Path) -> No
     started(tmp_path, minutes=99)
     assert (tmp_path / BUDGET).read_bytes() == first
     (tmp_path / BUDGET).write_text('{"began": 1}')
-    with pytest.raises(UserError, match=r"budget.json cannot be read"):
-        Budget.read(tmp_path)
+    assert "budget.json cannot be read" in refusal_of(Budget.read, tmp_path)
 
 
 def test_a_database_is_the_same_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
