@@ -70,11 +70,7 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Does one run, from its flags to ``result.json``. Returns what that got.
-
-    Raises:
-        UserError: input is refused, and nothing was written.
-    """
+    """Does one run, from its flags to ``result.json``, and returns what that got. Refused input writes nothing."""
     directory = run_directory(config.run, config.data, config.name)
 
     from finetuning.materials import find_materials  # loads pandas, but no torch

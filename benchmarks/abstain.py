@@ -37,11 +37,7 @@ COLUMNS = (
 
 
 def measure(folder: Path, seed: int) -> Record:
-    """Trains on one split, and answers the test texts with each threshold.
-
-    Raises:
-        UserError: the run failed.
-    """
+    """Trains on one split, and answers the test texts with each threshold: ``UserError`` if the run fails."""
     with tempfile.TemporaryDirectory() as place:
         run = Path(place) / "run"
         where = ["--data_dir", str(folder), "--output_dir", str(run), "--data_seed", str(seed)]

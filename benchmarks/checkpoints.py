@@ -33,11 +33,7 @@ RUN_SECONDS, EVERY_SECONDS = 20 * 60, 5 * 60
 
 
 def measure(method: str, texts: int) -> Record:
-    """Trains with a checkpoint after each step.
-
-    Raises:
-        UserError: the run failed.
-    """
+    """Trains with a checkpoint after each step: ``UserError`` if the run fails."""
     seconds: list[float] = []
     save = pl.Trainer.save_checkpoint
 

@@ -88,11 +88,7 @@ def _is_measurement_of(measurement: Record, contestant: str, max_length: int) ->
 
 
 def read_row(study: Path, row: str) -> list[Record]:
-    """The result of each finished final run of a row, ordered by seed.
-
-    Raises:
-        UserError: the study has no such run.
-    """
+    """The result of each finished final run of a row, ordered by seed; refused if the study has none."""
     found = [record.result for name, record in read_records(study)[0].items() if name.startswith(f"{row}-seed")]
     runs = [run for run in found if run["status"] == "finished" and run["study"]["row"] == row]
     if not runs:

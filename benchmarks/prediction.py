@@ -119,11 +119,7 @@ def measure(contestant: str, folder: Path) -> Record:
 
 
 def measure_all(rounds: int, folder: Path, journal: harness.Journal) -> None:
-    """All contestants in turns.
-
-    Raises:
-        UserError: a measurement failed; the message has its last line.
-    """
+    """All contestants in turns: ``UserError`` with the last line of a measurement that fails."""
     for number in range(rounds):
         for contestant in NAMES:
             journal.measured(partial(measure_one, contestant, folder), contestant=contestant, round=number)

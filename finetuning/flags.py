@@ -69,11 +69,7 @@ def _wrong_choice(message: str) -> str | None:
 
 
 def parse_bool(text: str) -> bool:
-    """Reads ``True/False/yes/no/1/0`` in upper or lower case.
-
-    Raises:
-        ValueError: any other text.
-    """
+    """Reads ``True/False/yes/no/1/0`` in upper or lower case; any other text is a ``ValueError``."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise ValueError(f"{text!r} is neither True/yes/1 nor False/no/0")
@@ -181,11 +177,7 @@ def split_command(given: dict[str, Any]) -> tuple[CommandSettings, dict[str, Any
 
 
 def from_flags(argv: Sequence[str]) -> RunConfig:
-    """The configuration for these command-line flags.
-
-    Raises:
-        UserError: a flag does not exist, or a value is not allowed.
-    """
+    """The configuration for these command-line flags, refused if one does not exist or a value is not allowed."""
     instead, given = split_command(given_flags(argv))
     config = RunConfig.from_settings(**given)
     instead.check(config.hardware, config.run)

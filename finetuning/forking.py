@@ -118,11 +118,7 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the exit status.
-
-        Raises:
-            subprocess.TimeoutExpired: the process still runs after ``timeout`` seconds.
-        """
+        """Waits for the exit status, at most ``timeout`` seconds: else ``subprocess.TimeoutExpired``."""
         if self.returncode is None:
             if timeout is not None and not select.select([self._report], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)

@@ -142,11 +142,7 @@ def hub_snapshot(
 
 
 def download(archive: Archive, target: Path) -> None:
-    """Writes the archive to ``target`` and shows a progress bar.
-
-    Raises:
-        UserError: the download failed, or the checksum differs.
-    """
+    """Writes the archive to ``target`` with a progress bar, refused if the download fails or the checksum differs."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with urllib.request.urlopen(archive.url, timeout=30) as response, target.open("wb") as file:

@@ -22,10 +22,7 @@ def estimate(config: RunConfig) -> str:
 
 
 def prefetch(config: RunConfig) -> str:
-    """Downloads model and data into the caches, and checks that they fit the settings.
-
-    Returns:
-        A text to print.
+    """Downloads model and data into the caches, and checks that they fit the settings. Returns a text to print.
 
     Raises:
         UserError: the hub cannot be reached, or something does not fit.

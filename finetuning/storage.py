@@ -167,11 +167,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file, atomically.
-
-    Raises:
-        ValueError: a number is NaN or infinite, which JSON does not allow.
-    """
+    """Writes a JSON file, atomically. NaN and infinity, which JSON does not allow, are a ``ValueError``."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

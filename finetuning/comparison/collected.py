@@ -138,11 +138,7 @@ class Run:
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """The test predictions; ``None`` if they were not kept.
-
-        Raises:
-            UserError: they belong to another run.
-        """
+        """The test predictions; ``None`` if they were not kept. Those of another run are refused."""
         columns = self.record.predictions
         if columns is None:
             return None
@@ -335,11 +331,7 @@ def study_names(results: Path) -> list[str]:
 
 
 def read_study(study: str, results: Path) -> Study:
-    """All runs of a study.
-
-    Raises:
-        UserError: the file of its runs cannot be read, or finished runs of one row differ in more than their seed.
-    """
+    """The runs of a study, refused if unreadable, or if finished runs of one row differ in more than their seed."""
     records, planned = read_records(results / study)
     runs = tuple(map(Run, records.values()))
     _check_rows(runs)

@@ -81,11 +81,7 @@ def script() -> Path:
 
 
 def study_runs(options: argparse.Namespace) -> StudyRuns:
-    """The study of a command and its runs on disk.
-
-    Raises:
-        UserError: the study or the folder of its data cannot be read.
-    """
+    """The study of a command and its runs on disk, refused if the study or the folder of its data cannot be read."""
     if options.data_dir is not None and not (os.access(options.data_dir, os.R_OK) and options.data_dir.is_dir()):
         kind = (
             "a file: must be a folder with train, or with the data folders that the study names"

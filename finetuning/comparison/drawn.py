@@ -91,11 +91,7 @@ def searchable(*more: str) -> str:
 
 
 def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> None:
-    """Checks the ``tune`` of a row.
-
-    Raises:
-        UserError: it names something else than flags, or gives no values for one.
-    """
+    """Refuses the ``tune`` of a row that names something else than flags, or gives no values for one."""
     if search is None:
         rates = tune.get(RATE)
         if set(tune) != {RATE} or not isinstance(rates, list) or not rates:

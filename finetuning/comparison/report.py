@@ -73,14 +73,11 @@ README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("
 
 
 def write_report(results: Path, pages: Sequence[Path]) -> Path:
-    """Makes the report and writes it; a refused input leaves every file as it was.
+    """Makes the report, writes it and returns its HTML page; a refused input leaves every file as it was.
 
     Args:
         results: the folder with STUDY/runs.json, in which tables and plots are written as well.
         pages: Markdown files with markers; the tables between the markers are renewed.
-
-    Returns:
-        The HTML page with all studies.
 
     Raises:
         UserError: a folder or file is missing or cannot be read.

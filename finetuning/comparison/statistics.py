@@ -45,13 +45,10 @@ class SeedSpread:
 
 
 def seed_spread(methods: Sequence[Sequence[float]]) -> SeedSpread | None:
-    """The spread over seeds, pooled over methods.
+    """The spread over seeds, pooled over methods; ``None`` if no method has two seeds.
 
     Args:
         methods: for each method the accuracies of its seeds.
-
-    Returns:
-        ``None`` if no method has two seeds.
     """
     degrees = sum(len(accuracies) - 1 for accuracies in methods)
     if not degrees:

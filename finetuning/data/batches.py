@@ -194,11 +194,7 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         return {"epoch": self.epoch, "position": self.position, "batches": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues after the batches that were done when ``state`` was taken.
-
-        Raises:
-            UserError: the state belongs to other batches.
-        """
+        """Continues after the batches that were done when ``state`` was taken, and refuses a state of other batches."""
         if state["batches"] != len(self):
             raise UserError(
                 f"--resume: the interrupted run had {state['batches']} batches per epoch, this one has {len(self)}: "

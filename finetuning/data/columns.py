@@ -44,11 +44,7 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
 
 
 def refuse_columns(data: DataSettings) -> None:
-    """Refuses names of columns for texts that are in no table.
-
-    Raises:
-        UserError: a name is not the data set's default.
-    """
+    """Refuses names of columns, other than the data set's default, for texts that are in no table."""
     traits = traits_of(data.dataset)
     for name in ("text_column", "label_column"):
         if getattr(data, name) not in (None, getattr(traits, name)):

@@ -53,14 +53,11 @@ def as_number(text: str) -> int | float | None:
 
 
 def doubt_about(names: Sequence[str], texts: int) -> str:
-    """What to do if labels look like lists of labels, measurements, or ids.
+    """A clause with what to do if labels look like lists of labels, measurements, or ids; else empty.
 
     Args:
         names: the labels that occur.
         texts: how many texts have them.
-
-    Returns:
-        A clause, empty if they look like none of these.
     """
     if hint := separator_hint(names):
         return hint

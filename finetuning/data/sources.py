@@ -12,11 +12,7 @@ from finetuning.settings import DataSettings, check_data_dir
 
 
 def read_source(data: DataSettings, offline: bool) -> Source:
-    """Reads the tables for these settings and downloads them if necessary.
-
-    Raises:
-        UserError: the data is missing or cannot be read.
-    """
+    """The tables for these settings, downloaded if necessary; refused if they are missing or cannot be read."""
     check_data_dir(data.data_dir)
     return READERS.get(data.dataset, read_hub_set)(data, offline)
 

@@ -64,11 +64,7 @@ def _other_tables(folder: Path) -> list[Path]:
 
 
 def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
-    """Reads a file of any format into the columns text and label.
-
-    Raises:
-        UserError: like ``checked``, or the file cannot be read.
-    """
+    """Reads a file of any format into the columns text and label, refused as by ``checked`` or if it is unreadable."""
     given = [data.text_column, *([] if data.text_pair_column is None else [data.text_pair_column])]
 
     def wanted(names: Collection[str]) -> list[str]:

@@ -89,11 +89,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 def check_target(out: Path, run: Path) -> None:
-    """Checks that the folder can be made. Writes nothing.
-
-    Raises:
-        UserError: it exists, lies in the run directory, or cannot be written.
-    """
+    """Refuses a folder that exists, lies in the run directory, or cannot be written. Writes nothing."""
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError:

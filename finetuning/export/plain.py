@@ -43,15 +43,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> list[str]:
-    """Writes the folder and proves it.
+    """Writes the folder and proves it. Returns what was compared, a sentence or two each.
 
     Args:
         folder: where to write; it exists.
         dtype: precision of the weights: a key of ``DTYPES``.
         onnx: whether to write ONNX as well, in fp32.
-
-    Returns:
-        What was compared, a sentence or two each.
 
     Raises:
         UserError: a weight is not finite.
@@ -100,9 +97,6 @@ def export_onnx(folder: Path, loaded: Loaded) -> list[str]:
     Args:
         folder: where to write; it exists.
         loaded: the run, whose head reads the mean of tokens.
-
-    Returns:
-        As in ``export_plain``.
 
     Raises:
         UserError: a weight is not finite.

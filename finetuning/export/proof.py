@@ -170,11 +170,7 @@ def beside(folder: Path, name: str) -> Path:
 
 
 def run_alone(words: Sequence[str], folder: Path) -> str:
-    """Runs Python in a folder, without a network, and returns what it printed.
-
-    Raises:
-        ExportFailed: the process failed.
-    """
+    """Runs Python in a folder, without a network, and returns what it printed: ``ExportFailed`` if it failed."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}  # it may print names of labels
     # -P: the folder of the script is not searched for modules
     done = subprocess.run(

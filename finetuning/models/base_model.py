@@ -82,11 +82,7 @@ def find_base_model(config: RunConfig, folder: Path | None = None) -> BaseModel:
 
 
 def read_base_model(model_name: str, folder: Path) -> BaseModel:
-    """Reads the config of the base model in a folder.
-
-    Raises:
-        UserError: there is no usable ``config.json``, or the model is not supported.
-    """
+    """Reads the config in a base model's folder, refused if it cannot be used, or the model is not supported."""
     stored = stored_config(model_name, folder)
     kind = stored.get("model_type")
     if kind is not None and kind not in CONFIG_MAPPING:

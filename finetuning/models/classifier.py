@@ -166,15 +166,12 @@ class Classifier(nn.Module):
 
 
 def pool_windows(logits: Tensor, windows: Tensor, pooling: str) -> Tensor:
-    """The logits of texts from the logits of their windows.
+    """The logits of texts, ``(B, classes)``, from the logits of their windows.
 
     Args:
         logits: ``(windows, classes)``, the windows of one text together.
         windows: ``(B,)`` windows of each text.
         pooling: ``mean`` or ``max``.
-
-    Returns:
-        ``(B, classes)``.
     """
     return torch.segment_reduce(logits, pooling, lengths=windows, unsafe=True)  # safe: a GPU would wait for its check
 

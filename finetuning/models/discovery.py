@@ -22,11 +22,7 @@ DECODERS = ("ctrl",)  # types whose head reads the last token, as "score" does i
 
 
 def family_of(config: Any, model_name: str) -> ModelFamily:
-    """The family of a model.
-
-    Raises:
-        UserError: it is no text classifier that the suite can train.
-    """
+    """The family of a model, refused if it is no text classifier that the suite can train."""
     _refuse_others(config, model_name)
     return FAMILIES[config.model_type] if config.model_type in FAMILIES else _described(config, model_name)
 
@@ -116,11 +112,7 @@ def _refuse_others(config: Any, name: str) -> None:
 
 
 def on_meta(config: Any, name: str) -> Any:
-    """The classifier of a config, without memory for its weights.
-
-    Raises:
-        UserError: it cannot be built.
-    """
+    """The classifier of a config, without memory for its weights; refused if it cannot be built."""
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)

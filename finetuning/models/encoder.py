@@ -48,7 +48,7 @@ def classify(
     on_cpu: bool | None = None,
     token_types: Tensor | None = None,
 ) -> Tensor:
-    """Logits of a sequence classifier of a family that has this path.
+    """Logits, ``(B, classes)`` in fp32 as the head computes them, of a classifier of a family that has this path.
 
     Args:
         model: Hugging Face's classifier; some of its linears may be ``LinearWithLoRA`` or packed in 4 bits.
@@ -61,9 +61,6 @@ def classify(
         padded: whether the mask has a 0; the loader knows. Default: a CPU checks, other devices assume true.
         on_cpu: whether to use the steps for a CPU. Default: where the tensors are. Tests set it to try the other steps.
         token_types: ``(B, T)``, 1 in the second text of a pair. Default: all 0, without a tensor for it.
-
-    Returns:
-        ``(B, classes)`` in fp32; the head is computed in fp32.
     """
     on_cpu = attention_mask.device.type == "cpu" if on_cpu is None else on_cpu
     if padded is None:  # on a GPU this check would wait for all queued work
@@ -83,14 +80,11 @@ def classify(
 
 
 def classify_means(model: nn.Module, family: ModelFamily, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """The head's logits for the mean of each text's real tokens, which another forward has computed.
+    """The head's logits, ``(B, classes)`` in fp32, for the mean of each text's real tokens from another forward.
 
     Args:
         model, family, attention_mask: as in ``classify``.
         tokens: ``(B, T, D)``.
-
-    Returns:
-        ``(B, classes)`` in fp32.
     """
     on_cpu = tokens.device.type == "cpu"
     encoder = _Encoder(model, family, torch.float32, attention_mask, False, True, on_cpu)

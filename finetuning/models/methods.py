@@ -39,11 +39,7 @@ def in_encoder(model: nn.Module, family: ModelFamily, method: MethodSettings) ->
 
 
 def check_method(model: nn.Module, family: ModelFamily, method: MethodSettings, name: str) -> None:
-    """Checks that the encoder has what the method trains.
-
-    Raises:
-        UserError: its linears and norms have no biases, or it has no norms.
-    """
+    """Refuses a method that trains what the encoder lacks: biases of its linears and norms, or norms."""
     if not in_encoder(model, family, method):
         wanted = "biases" if method.method == "bitfit" else "norms"
         raise UserError(

@@ -28,11 +28,7 @@ Chunks = Iterator[tuple[pd.DataFrame, Mapping[str, list[Any]]]]  # the columns o
 
 
 def check_output(path: Path) -> None:
-    """Checks that a file can be written. Writes nothing.
-
-    Raises:
-        UserError: it exists, its ending names no format, or its folder does not exist or cannot be written.
-    """
+    """Refuses a file that exists, whose ending names no format, or whose folder cannot be written. Writes nothing."""
     flag = f"--output {path}"
     if name_and_format(path)[1] is None:
         raise UserError(f"{flag}: must end in one of {allowed_endings()}")

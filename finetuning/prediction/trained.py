@@ -65,11 +65,7 @@ class Trained:
 
 
 def read_trained(directory: Path) -> Trained:
-    """The classifier in a directory.
-
-    Raises:
-        UserError: the directory contains neither a finished run nor a text classifier.
-    """
+    """The classifier in a directory, refused if this contains neither a finished run nor a text classifier."""
     if not (directory / RESULT).exists() and (directory / MODEL_CONFIG).is_file():
         content = _json(directory, MODEL_CONFIG)
         if "model_type" in content:  # else it is no file of Hugging Face

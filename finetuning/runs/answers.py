@@ -102,11 +102,7 @@ def is_multi_label(threshold: float | None, positive: int | None) -> bool:
 
 
 def positive_of(task: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The position of ``positive_label`` among the label names; ``None`` if a task has none.
-
-    Raises:
-        ValueError: it is no label.
-    """
+    """Where ``positive_label`` is among the names: ``None`` if a task has none, ``ValueError`` if it is no label."""
     name = task.get("positive_label")
     return None if name is None else list(names).index(name)
 

@@ -312,11 +312,7 @@ def open_directory(directory: Path, settings: dict[str, Any], origin: dict[str, 
 
 
 def remove_folds(directory: Path) -> None:
-    """Removes the folds of an earlier run. Hold the directory's lock.
-
-    Raises:
-        UserError: they cannot be removed.
-    """
+    """Removes the folds of an earlier run, or refuses if they cannot be removed. Hold the directory's lock."""
     try:
         for fold in begun_folds(directory):
             others = [*(name for name in RUN_FILES if name != SETTINGS), LOCK]  # the result first

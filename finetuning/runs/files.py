@@ -46,11 +46,7 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 
 def check_result(result: dict[str, Any]) -> None:
-    """Checks that a result has its own checksum.
-
-    Raises:
-        ValueError: it is no JSON object, or is not as a run wrote it.
-    """
+    """Checks that a result is a JSON object with its own checksum, as a run wrote it: else ``ValueError``."""
     if not isinstance(result, dict):
         raise ValueError("it must hold a JSON object")
     if not isinstance(result.get(SUMS), dict) or result[SUMS].get(RESULT) != _own_sum(result):
@@ -58,11 +54,7 @@ def check_result(result: dict[str, Any]) -> None:
 
 
 def write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json`` with the checksums of the files ``SUMMED`` next to it, and of itself.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
+    """Writes ``result.json`` with the checksums of the files ``SUMMED`` next to it, and of itself."""
     sums = {name: sha256_of(directory / name) for name in SUMMED if (directory / name).exists()}
     write_json(directory / RESULT, with_sums(result, sums))
 
@@ -82,11 +74,7 @@ def _sum(content: dict[str, Any]) -> str:
 
 
 def check_unchanged(path: Path) -> None:
-    """Checks that a file is still the one that its run wrote.
-
-    Raises:
-        UserError: the file was changed, or ``result.json`` was, or cannot be read.
-    """
+    """Refuses a file of a run that was changed, or whose ``result.json`` was changed or cannot be read."""
     try:
         expected = read_result(path.parent)[SUMS].get(path.name)
     except FileNotFoundError:
@@ -141,11 +129,7 @@ def read_origin(directory: Path) -> dict[str, Any]:
 
 
 def read_text_hashes(directory: Path) -> dict[str, str]:
-    """The hashes of a run's texts, by split.
-
-    Raises:
-        UserError: the settings, which hold them, are lost or damaged.
-    """
+    """The hashes of a run's texts, by split; refused if the settings, which hold them, are lost or damaged."""
     with as_user_error(f"{directory / SETTINGS} cannot be read", OSError, ValueError):
         return dict(read_origin(directory)["data"])
 

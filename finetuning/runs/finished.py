@@ -38,11 +38,7 @@ class FinishedRun:
 
 
 def read_finished(directory: Path) -> FinishedRun:
-    """The finished run in a directory.
-
-    Raises:
-        UserError: the directory does not contain a finished run, or another version of the suite wrote it.
-    """
+    """The finished run in a directory, refused if there is none, or if another version of the suite wrote it."""
     wanted = f"{directory}: must be a finished run"
     try:
         result = read_result(directory)

@@ -67,11 +67,7 @@ def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def scores_by_epoch(directory: Path) -> dict[int, dict[str, float]]:
-    """Epoch -> the validation scores after it, such as ``accuracy``, from ``metrics.csv``.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Epoch -> the validation scores after it, such as ``accuracy``, from ``metrics.csv``."""
     found: dict[int, dict[str, float]] = {}
     with (directory / METRICS).open(newline="", encoding="utf8") as file:
         for row in csv.DictReader(file):

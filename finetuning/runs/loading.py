@@ -73,7 +73,7 @@ def read_fitting(path: Path, family: ModelFamily) -> Adapter:
 def adopt_adapter(
     lora: LoRASettings, base: BaseModel, moved: bool, pooling: str | None = None
 ) -> tuple[dict[str, Any], Adapter]:
-    """The adapter of ``--init_adapter``, and what it decides.
+    """The settings that the adapter of ``--init_adapter`` decides, by name, and the adapter.
 
     It decides rank, alpha, scaling, placement, variant, layers and pooling.
     Where parts of the adapter differ in rank or alpha, its ``linears`` count.
@@ -81,9 +81,6 @@ def adopt_adapter(
     Args:
         moved: whether the base model may have another name than the adapter says: a run that continues knows it by its
             content.
-
-    Returns:
-        The settings by name, and the adapter.
 
     Raises:
         UserError: the adapter was made for another base model, is placed elsewhere, or a flag contradicts it.

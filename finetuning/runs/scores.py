@@ -31,13 +31,10 @@ class ClassScore:
 
 
 def resampled_sums(values: np.ndarray) -> np.ndarray:
-    """Sums over texts that are drawn with replacement. Calls with the same n draw the same texts.
+    """Sums, (RESAMPLES, k), over texts drawn with replacement. Calls with the same n draw the same texts.
 
     Args:
         values: (n, k), what each text adds to each sum.
-
-    Returns:
-        (RESAMPLES, k)
     """
     generator, n = np.random.default_rng(0), len(values)
     width = max(1, COPIED // n)  # with many texts and classes, all numbers would be gigabytes

@@ -34,14 +34,11 @@ def peft_name(name: str, lora: bool) -> str:
 def save_trained(
     directory: Path, classifier: Classifier, lora: LoRASettings | None, model_name: str, pooling: str | None = None
 ) -> Path:
-    """Writes the trained weights. The base model plus these weights is the run's classifier.
+    """Writes the trained weights and returns their file. The base model plus these weights is the run's classifier.
 
     Args:
         lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
         pooling: what the head reads, if the base model's class computes something else.
-
-    Returns:
-        The file with the weights.
     """
     split, family = split_widths(classifier.model), classifier.family
     values = {name: p.detach().to("cpu", copy=True) for name, p in classifier.saved_parameters().items()}
@@ -237,14 +234,11 @@ def load_trained(directory: Path, classifier: Classifier, lora: bool) -> None:
 def load_initial(
     directory: Path, classifier: Classifier, optional: Callable[[str], bool], left_out: str | None = None
 ) -> list[str]:
-    """Copies an adapter into a classifier whose LoRA layers were placed as it says.
+    """Copies an adapter into a classifier whose LoRA layers were placed as it says. Returns the copied parameters.
 
     Args:
         optional: whether the adapter may lack a parameter, which then keeps its value.
         left_out: how the names of parameters begin that keep their values although the adapter has them.
-
-    Returns:
-        The parameters that were copied.
 
     Raises:
         UserError: the file lacks a parameter, has one too many, or one of another shape.

@@ -127,11 +127,7 @@ class LoRASettings:
 
 
 def parsed_layers(setting: str) -> tuple[int, ...]:
-    """The layers that ``--lora_layers`` names, each once and in order.
-
-    Raises:
-        UserError: it has another form.
-    """
+    """The layers that ``--lora_layers`` names, each once and in order; another form is refused."""
     parts = [re.fullmatch(r" *([0-9]{1,4}) *(?:- *([0-9]{1,4}) *)?", part) for part in setting.split(",")]
     ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
     if len(ranges) < len(parts) or not all(ranges):

@@ -58,11 +58,7 @@ class RunSettings:
         require(s, "resume", not s.resume or s.output_dir is not None, message)
 
     def check_trackers(self) -> None:
-        """Checks that the trackers are installed, before anything is loaded.
-
-        Raises:
-            UserError: one is not installed, or would connect although ``--offline`` is set.
-        """
+        """Refuses trackers that are not installed, or would connect despite ``--offline``. Loads nothing."""
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         connects = {
             "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),

@@ -185,11 +185,7 @@ def find_hardware(config: RunConfig, base: BaseModel) -> tuple[Hardware, dict[st
 
 
 def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str]]:
-    """What is learned from the labels, and what they suggest, one sentence each.
-
-    Raises:
-        UserError: as in ``make_task``.
-    """
+    """What is learned from the labels, as in ``make_task``, and what they suggest, one sentence each."""
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, training)
     return task, [*spelling_advice(task.names), *imbalance_advice(task, task.counts(labels["train"]), training)]

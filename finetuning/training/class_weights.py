@@ -69,11 +69,7 @@ def _finite(weights: np.ndarray, setting: str) -> Tensor:
 
 
 def named_weights(setting: str, names: Sequence[str]) -> np.ndarray:
-    """The weights that ``NAME=WEIGHT,...`` gives, (classes,); a class that is not named weighs 1.
-
-    Raises:
-        UserError: a class does not exist.
-    """
+    """The weights that ``NAME=WEIGHT,...`` gives, (classes,): 1 for a class without one; unknown names are refused."""
     given = parsed_class_weights(setting)
     unknown = [name for name in given if name not in names]
     if unknown:

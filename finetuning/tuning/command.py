@@ -193,11 +193,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
 
 def start(asked: Asked, budget: Budget, folder: Path) -> None:
-    """Begins a search, unless another worker has just begun it.
-
-    Raises:
-        UserError: flags, texts or model are refused.
-    """
+    """Begins a search, unless another worker has just begun it. Flags, texts or model may be refused."""
     config = checked_config(asked.given)
     limit_libraries()
     from finetuning.tuning.facts import read_facts  # loads torch
@@ -226,11 +222,7 @@ def check_resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> None
 
 
 def join(folder: Path, minutes: float | None = None, trials: int | None = None, seeds: int | None = None) -> None:
-    """Joins a search, whose clock goes on, and adds to it. Arguments as in ``resume``.
-
-    Raises:
-        UserError: its texts have changed.
-    """
+    """Joins a search, whose clock goes on, and adds to it; refused if its texts changed. Arguments as in ``resume``."""
     limit_libraries()
     from finetuning.materials import find_materials  # loads pandas
 

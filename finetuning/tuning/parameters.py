@@ -121,11 +121,7 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
 
 
 def search_text(path: Path) -> str:
-    """What the file of a space holds.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """What the file of a space holds, refused if it cannot be read."""
     with as_user_error(f"--search {path}: cannot be read", OSError, ValueError):
         return path.read_text(encoding="utf-8-sig")  # Windows may have marked it
 

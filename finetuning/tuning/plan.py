@@ -83,11 +83,7 @@ class Plan:
 
     @staticmethod
     def read(folder: Path) -> "Plan":
-        """The search in a folder.
-
-        Raises:
-            UserError: there is none, or it cannot be read.
-        """
+        """The search in a folder, refused if there is none, or it cannot be read."""
         stored = _stored(folder)
         given = {name: Path(v) if FLAGS[name].kind is Path else v for name, v in stored["given"].items()}
         space = Space.from_dict(stored["space"], given)

@@ -133,13 +133,10 @@ class Trials:
         return sum(self.place(trial.number).is_claimed() for trial in self.all() if trial.state is None)
 
     def claim_released(self, stack: ExitStack) -> tuple[int, int] | None:
-        """Claims a trial whose worker is gone.
+        """Claims a trial whose worker is gone: its number, and the descriptor of its lock; ``None`` if there is none.
 
         Args:
             stack: holds the claim.
-
-        Returns:
-            The trial's number, and the descriptor of its lock; ``None`` if there is no such trial.
         """
         for trial in self.all():
             if trial.state is not None:
