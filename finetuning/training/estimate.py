@@ -6,6 +6,7 @@ measured again with these outputs, as in every later epoch.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,11 @@ def measure_steps(
     frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
 
     activations = kept_for_backward(classifier, move_data_to_device(batches[0], device))
+    step = partial(_step, classifier, task, optimizer, training.gradient_clip)
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
-        _step(classifier, task, optimizer, move_data_to_device(batch, device), training.gradient_clip, None)
-    seconds = _first_and_later(
-        "epoch", batches[1:] or batches, device, loader.tokens_per_epoch, frozen.get("train"),
-        lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
-    )  # fmt: skip
+        step(move_data_to_device(batch, device), None)
+    measured, tokens = batches[1:] or batches, loader.tokens_per_epoch
+    seconds = _first_and_later("epoch", measured, device, tokens, frozen.get("train"), step)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
     with merged(classifier.eval().model), torch.inference_mode():
         for name in (name for name in ("validation", "test") if name in splits):
@@ -120,8 +120,8 @@ def _step(
     classifier: Classifier,
     task: Task,
     optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
     gradient_clip: float,
+    batch: dict[str, Tensor],
     outputs: FrozenOutputs | None,
 ) -> None:
     """One training step as in the run, but without fp16's loss scaling, which takes no time."""
