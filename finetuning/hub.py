@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetuning.errors import UserError, first_line

@@ -307,10 +307,7 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
         ("--window_pooling max", "--window_pooling max: needs --windows of 2 or more"),
         ("--windows 2 --window_overlap 256", "--window_overlap 256: must be less than --max_length 256"),
         ("--dataset text", "--dataset text: needs --data_dir PATH"),
-        (
-            "--text_pair_column b",
-            "--text_pair_column b: imdb has no pairs of texts: use --dataset text",
-        ),
+        ("--text_pair_column b", "--text_pair_column b: imdb has no pairs of texts: use --dataset text"),
         (
             "--dataset text --data_dir d --text_pair_column text",
             "--text_pair_column text: must be another column than text and label",

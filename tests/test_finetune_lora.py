@@ -240,10 +240,7 @@ def test_an_adapter_is_evaluated_and_trained_on(
     for refused, message in (
         ([*again, "--lora_r", "4"], "--lora_r 4"),
         (["--init_adapter", "nowhere"], "nowhere"),
-        (
-            [*again, "--kfold", "3"],
-            "--kfold 3: the adapter of --init_adapter was trained on texts of the same data",
-        ),
+        ([*again, "--kfold", "3"], "--kfold 3: the adapter of --init_adapter was trained on texts of the same data"),
     ):
         assert main([*words("refused", 1), *refused]) == 2
         assert message in capsys.readouterr().err

@@ -45,11 +45,7 @@ def server() -> Iterator[ForkServer]:
 def start(server: ForkServer, folder: Path, code: str, *words: str, **options: Any) -> ForkedProcess:
     """A script with this code; its output is in ``out`` and ``err``."""
     (folder / "script.py").write_text(code, encoding="utf8")
-    with (
-        Path(os.devnull).open() as nothing,
-        (folder / "out").open("w") as out,
-        (folder / "err").open("w") as err,
-    ):
+    with Path(os.devnull).open() as nothing, (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         files = nothing.fileno(), out.fileno(), err.fileno()
         return server.start([str(folder / "script.py"), *words], files, **options)
 

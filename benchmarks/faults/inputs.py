@@ -58,11 +58,7 @@ def refused_before(step: str, words: list[str], cache: Path) -> Outcome | None:
     def accept(*_arguments: object) -> None:
         raise Accepted
 
-    with (
-        mock.patch(step, accept),
-        mock.patch.dict(os.environ, FINETUNE_LORA_CACHE=str(cache)),
-        suppress(Accepted),
-    ):
+    with mock.patch(step, accept), mock.patch.dict(os.environ, FINETUNE_LORA_CACHE=str(cache)), suppress(Accepted):
         outcome = in_process(finetune_lora.main, words)
         return outcome if outcome.status else None  # ``--cache_info`` does what it is asked for
     return None

@@ -32,14 +32,7 @@ from finetuning.comparison.pairs import (
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
 from finetuning.comparison.rates import rates_table
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
-from finetuning.comparison.tables import (
-    answer_table,
-    comparison_table,
-    main_table,
-    notes,
-    short_table,
-    tuning_table,
-)
+from finetuning.comparison.tables import answer_table, comparison_table, main_table, notes, short_table, tuning_table
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured, page_with_tables

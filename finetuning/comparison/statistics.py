@@ -63,10 +63,7 @@ def squares(values: Sequence[float]) -> float:
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
     """The mean, and the standard deviation with n - 1; ``None`` if there are too few values."""
-    return (
-        statistics.fmean(values) if values else None,
-        statistics.stdev(values) if len(values) > 1 else None,
-    )
+    return (statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:

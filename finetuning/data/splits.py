@@ -7,14 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import (
-    as_number,
-    doubt_about,
-    encode_multi_label,
-    is_multi_label,
-    misspelled,
-    rarest_labels,
-)
+from finetuning.data.labels import as_number, doubt_about, encode_multi_label, is_multi_label, misspelled, rarest_labels
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError, counted

@@ -54,8 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Column of the table with the true labels: prints accuracy with its interval, and macro F1.",
     )
     parser.add_argument(
-        "--label_separator",
-        help="Multi-label run: what separates the labels in the label column. (default: the run's)",
+        "--label_separator", help="Multi-label run: what separates the labels in the label column. (default: the run's)"
     )
     parser.add_argument(
         "--output",

@@ -23,8 +23,7 @@ class HardwareSettings:
         "auto", "How the processes of a run work together: a strategy of Lightning."
     )
     efficient: bool = setting(
-        True,
-        "Use the suite's faster encoder code: the same result up to rounding. False uses Hugging Face's code.",
+        True, "Use the suite's faster encoder code: the same result up to rounding. False uses Hugging Face's code."
     )
     gradient_checkpointing: bool = setting(
         False, "Save memory: recompute activations in the backward pass instead of keeping them."

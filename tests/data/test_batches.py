@@ -405,10 +405,7 @@ def loaders(validate: bool) -> tuple[Any, Any]:
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and validation
 @pytest.mark.parametrize(
     ("validate", "hook", "epochs_before", "batches_before"),
-    [
-        *((validate, *place) for validate in (False, True) for place in INTERRUPTIONS),
-        (True, "on_validation_end", 2, 0),
-    ],
+    [*((validate, *place) for validate in (False, True) for place in INTERRUPTIONS), (True, "on_validation_end", 2, 0)],
 )
 def test_lightning_resumes_with_the_rows_of_an_uninterrupted_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, validate: bool, hook: str, epochs_before: int, batches_before: int

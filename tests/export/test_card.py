@@ -15,11 +15,7 @@ from finetuning.settings import PACKAGED_MODELS
 
 @pytest.mark.parametrize(
     ("precision", "said"),
-    [
-        ("auto", "bfloat16"),
-        ("bf16", "bfloat16"),
-        ("int8", "int8 products of frozen linears, else bfloat16"),
-    ],
+    [("auto", "bfloat16"), ("bf16", "bfloat16"), ("int8", "int8 products of frozen linears, else bfloat16")],
 )
 def test_the_precision_of_the_products(precision: str, said: str) -> None:
     result = {"base_model": {"precision": "bfloat16"}}

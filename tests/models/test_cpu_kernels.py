@@ -102,11 +102,7 @@ def angles(length: int, width: int) -> Tensor:
 
 
 def attention(
-    qkv: Tensor,
-    heads: int,
-    padding: Tensor | None = None,
-    bias: Tensor | None = None,
-    cos_sin: Tensor | None = None,
+    qkv: Tensor, heads: int, padding: Tensor | None = None, bias: Tensor | None = None, cos_sin: Tensor | None = None
 ) -> Tensor:
     batch, length, _ = qkv.shape
     return Attention.apply(qkv.flatten(0, 1), heads, batch, length, padding, bias, cos_sin).view(batch, length, -1)

@@ -190,11 +190,7 @@ CONFIGS: dict[str, tuple[str, str, dict[str, object]]] = {
         "full",
         {"sliding_window": 4, "layer_types": ["full_attention"] * LAYERS},
     ),
-    "windows by type": (
-        "qwen2",
-        "full",
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
+    "windows by type": ("qwen2", "full", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
 }
 
 

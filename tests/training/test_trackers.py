@@ -81,10 +81,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     ("first", "losses"),
-    [
-        ({"step": 3, "train_loss": 0.25}, [(1, 0.75), (3, 0.25)]),
-        ({"step": 3, "validation_loss": 0.5}, [(1, 0.75)]),
-    ],
+    [({"step": 3, "train_loss": 0.25}, [(1, 0.75), (3, 0.25)]), ({"step": 3, "validation_loss": 0.5}, [(1, 0.75)])],
 )
 def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(
     tmp_path: Path, first: dict[str, Any], losses: list[tuple[int, float]]

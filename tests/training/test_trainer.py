@@ -62,11 +62,7 @@ SLURM_TASKS = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS"
     [
         ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2"}, 1, "--devices 1 --num_nodes 1: torchrun started 2 process"),
         ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1"}, 3, "torchrun started 2 process"),
-        (
-            SLURM_TASKS,
-            2,
-            "SLURM needs --ntasks-per-node=2",
-        ),
+        (SLURM_TASKS, 2, "SLURM needs --ntasks-per-node=2"),
         ({"RANK": "1"}, 1, "by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process"),
         ({"SLURM_PROCID": "2", "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "4"}, 1, "or SLURM_PROCID"),
     ],
