@@ -268,8 +268,7 @@ def test_only_files_that_are_read_must_be_in_the_cache(
     if enough or not hasattr(huggingface_hub.errors, "IncompleteSnapshotError"):
         assert find_base_model(config).folder.name == commit
     else:
-        with pytest.raises(UserError, match=r"^--model_name me/big is only partly in the hub's cache"):
-            find_base_model(config)
+        assert refusal_of(find_base_model, config).startswith("--model_name me/big is only partly in the hub's cache")
 
 
 def test_models_that_cannot_be_trained_leave_no_directory(

@@ -226,12 +226,10 @@ def test_the_threshold_of_two_classes_has_the_best_f1_of_the_positive_one() -> N
 def test_the_positive_label_is_the_second_one_or_a_named_one() -> None:
     task = make_task(TWO, ["ham", "spam"], training(threshold="tuned"))
     assert task.record()["positive_label"] == "spam"
-    with pytest.raises(UserError, match=r"^--positive_label eggs: must be ham or spam$"):
-        of_two("eggs", threshold="tuned")
+    assert refusal_of(of_two, "eggs", threshold="tuned") == "--positive_label eggs: must be ham or spam"
     with pytest.raises(UserError, match=r"^--positive_label spam: needs two classes, not a multi-label task$"):
         make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold="tuned", positive_label="spam"))
-    with pytest.raises(UserError, match=r"^--positive_label spam: needs --threshold$"):
-        training(positive_label="spam")
+    assert refusal_of(training, positive_label="spam") == "--positive_label spam: needs --threshold"
 
 
 # --- advice
