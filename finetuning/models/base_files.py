@@ -181,13 +181,12 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {name: sha256_of(paths[name]) for name in sorted(paths)}
 
 
-def check_base_unchanged(folder: Path, recorded: Mapping[str, str]) -> None:
-    """Checks that the base model's files are those of the run. Others are ignored, if they are not read instead.
+def check_base_unchanged(folder: Path, present: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    """Checks that the base model's ``file_hashes`` are those of the run. Others are ignored, if not read instead.
 
     Raises:
         UserError: a file is gone or has changed, or there is one that is read instead.
     """
-    present = file_hashes(folder)
     for name, digest in recorded.items():
         if present.get(name) != digest:
             what = "has changed since the run" if name in present else "is gone"

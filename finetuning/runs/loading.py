@@ -37,7 +37,7 @@ def base_of_run(directory: Path, config: RunConfig, files: Mapping[str, str]) ->
         base = find_base_model(config)
     except UserError as error:
         raise UserError(f"{directory}: its base model is gone: {error}") from None
-    check_base_unchanged(base.folder, files)
+    check_base_unchanged(base.folder, base.file_hashes, files)
     return base
 
 

@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,26 @@ from tests.common import refusal_of
 def test_a_base_model_that_changed_is_noticed(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "README.md"):
         (tmp_path / name).write_text(name)
+
+    def check(recorded: Mapping[str, str]) -> None:
+        check_base_unchanged(tmp_path, file_hashes(tmp_path), recorded)
+
     recorded = file_hashes(tmp_path)
     assert list(recorded) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
     assert recorded["vocab.txt"] == hashlib.sha256(b"vocab.txt").hexdigest()
     (tmp_path / "pytorch_model.bin").write_text("weights that nobody reads")
     (tmp_path / "README.md").write_text("another text")
     (tmp_path / "tokenizer_config.json").write_text("{}")  # a file that the run did not have
-    check_base_unchanged(tmp_path, recorded)
-    check_base_unchanged(tmp_path, {})  # nothing was recorded
+    check(recorded)
+    check({})  # nothing was recorded
     for name in ("tokenizer.json", "model.safetensors"):
         fewer = {other: digest for other, digest in recorded.items() if other != name}
         with pytest.raises(UserError, match=f"{name} is new since the run"):  # transformers reads it, and not vocab.txt
-            check_base_unchanged(tmp_path, fewer)
+            check(fewer)
     (tmp_path / "model.safetensors").write_text("other weights")
-    assert "model.safetensors has changed since the run" in refusal_of(check_base_unchanged, tmp_path, recorded)
+    assert "model.safetensors has changed since the run" in refusal_of(check, recorded)
     (tmp_path / "model.safetensors").unlink()
-    assert "model.safetensors is gone" in refusal_of(check_base_unchanged, tmp_path, recorded)
+    assert "model.safetensors is gone" in refusal_of(check, recorded)
 
 
 @pytest.mark.parametrize(
