@@ -126,8 +126,7 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
         assert np.sum(scores["confusion_matrix"], axis=1).tolist() == [10, 40]
         assert (scores["accuracy"], scores["mcc"]) == pytest.approx((0.8, 0))
         assert 0 <= scores["auroc"] <= 1
-    before, few, pooling, after, compared = result["advice"]
-    assert pooling.startswith("50 texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better")
+    before, few, after, compared = result["advice"]  # the mean of the tokens was tried with other models only
     assert few.startswith("validation has 50 texts, so the epoch that it chooses depends on chance: --kfold 5 needs")
     assert compared.startswith("TF-IDF + logistic regression is better on 50 validation texts: accuracy 9")
     assert before.startswith("class 'good' has 4.0 times the training texts of 'bad', so --monitor accuracy may")

@@ -150,6 +150,13 @@ def _learned(words: Any, truth: np.ndarray) -> tuple[np.ndarray, float]:
     return model.coef_[0], float(model.intercept_[0])
 
 
+def _doubt(score: float, monitor: str, texts: int) -> float:
+    """Half the width of accuracy's 95 % interval. Other scores move at least as much: some classes have few texts."""
+    scale = 2 if monitor == "mcc" else 1  # with two classes of equal size it is twice the accuracy, minus 1
+    low, high = accuracy_interval((score + scale - 1) / scale, texts)
+    return scale * (high - low) / 2
+
+
 def advice(
     run: Mapping[str, float],
     baseline: Mapping[str, float],
@@ -175,8 +182,7 @@ def advice(
     tries = [*([] if early else ["more --epochs"]), *(["LoRA on all linears, the default"] if all_linears else [])]
     tries += [] if early else ["a higher --learning_rate"]
     texts = int(baseline["examples"])
-    low, high = accuracy_interval(mine, texts) if monitor == "accuracy" else (mine, mine)
-    doubt = ", which may be chance" if other - mine < (high - low) / 2 else ""
+    doubt = ", which may be chance" if monitor != "loss" and other - mine < _doubt(mine, monitor, texts) else ""
     return [
         f"{NAME} is better on {texts:,} validation texts{doubt}: {score_names(multi_label)[monitor]}"
         f" {shown.format(other)} against {shown.format(mine)} of this classifier: consider"

@@ -1,6 +1,7 @@
 """A study whose rows ran on several data sets: a table of sets, and what is typical of them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,15 +10,17 @@ from typing import Any
 
 from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.statistics import bayesian_signed_rank, interval_over_sets, mean_and_deviation
+from finetuning.errors import counted
 from finetuning.pages import Table
 
 LEAST_SETS = 3
 ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
-    "Mean and standard deviation over seeds and draws of the training texts, with their number. The interval is"
-    " Student's t over sets. Better, equivalent, worse: the probability that the typical difference is that, by the"
-    f" Bayesian signed-rank test (Benavoli et al. 2017); up to {ROPE} points are equivalent. A single set can differ"
-    " more. The loss is cross-entropy on test: it also falls if probabilities are better."
+    "Mean and standard deviation over seeds and draws of the training texts, with their number where it is not that of"
+    " the head. The interval is Student's t over sets. Better, equivalent, worse: the probability that the typical"
+    " difference is that, by the Bayesian signed-rank test (Benavoli et al. 2017); up to"
+    f" {ROPE} points are equivalent. A single set can differ more. The loss is cross-entropy on test: it also falls if"
+    " probabilities are better."
 )
 PAIRS = (
     "pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %", "loss, nats (95 %)",
@@ -109,15 +112,22 @@ def over_sets(grid: Grid) -> list[Table]:
 def sets_table(grid: Grid) -> Table:
     """A row for each set, and the mean over the sets that all methods have; a row for each method if they are more."""
     methods = grid.methods
+    numbers = Counter(len(runs) for own in grid.runs.values() for runs in own.values())
+    usual = numbers.most_common(1)[0][0]
+    each = f"({counted(usual, 'run')} each)"
+
+    def cell(name: str, method: str) -> str:
+        return score_cell(grid.accuracies(name, method)).removesuffix(f" ({usual})")
+
     if len(methods) > len(grid.runs):
-        by_method = [(method, *(score_cell(grid.accuracies(name, method)) for name in grid.runs)) for method in methods]
-        return Table(("method", *(f"{name}, %" for name in grid.runs)), by_method)
-    rows = [(name, *(score_cell(grid.accuracies(name, method)) for method in methods)) for name in grid.runs]
+        by_method = [(method, *(cell(name, method) for name in grid.runs)) for method in methods]
+        return Table((f"method {each}", *(f"{name}, %" for name in grid.runs)), by_method)
+    rows = [(name, *(cell(name, method) for method in methods)) for name in grid.runs]
     shared = grid.shared(methods)
     if len(shared) > 1:
         means = (f"{fmean(grid.means(method, shared)):.2f}" for method in methods)
         rows.append((f"mean of {len(shared)} sets", *means))
-    return Table(("data set", *(f"{method}, %" for method in methods)), rows)
+    return Table((f"data set {each}", *(f"{method}, %" for method in methods)), rows)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from finetuning.data.files import UNREADABLE
 from finetuning.data.labels import as_number, misspelled
 from finetuning.data.tables import class_names, shortest_numbers, split_files
 from finetuning.datasets import traits_of
-from finetuning.errors import UserError
+from finetuning.errors import UserError, listed
 from finetuning.prediction.rows import Answered, Source
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
@@ -78,16 +78,18 @@ class Score:
                 f"--label_separator {separator!r}: {trained.directory} gives each text one label: leave it out"
             )
         self.column, self._codes, self._separator = column, codes, separator
-        self._multi_label = trained.multi_label
+        self._multi_label, self._positive = trained.multi_label, trained.positive
         self._places = {name: i for i, name in enumerate(trained.label_names)}
         self._right, self._given, self._truth = np.zeros((3, len(self._places)), dtype=np.int64)  # texts by class
-        self._texts = self._exact = 0
+        self._texts = self._exact = self._missed = 0
+        self._unknown = dict[str, None]()  # labels of multi-label texts that the classifier does not have
 
     def checking(self, source: Source) -> Source:
         """The same source. When it is read, its labels are checked.
 
         Reading raises:
-            UserError: the column is missing, has no label, or one that the classifier does not know.
+            UserError: the column is missing, has no label, or one that the classifier does not know. Of multi-label
+                texts some may be unknown: a rare label may be in no training text.
         """
 
         def tables() -> Iterator[pd.DataFrame]:
@@ -96,7 +98,8 @@ class Score:
             for table in source.tables():
                 true = self._true(table)
                 found = [label for labels in true for label in labels or ()]
-                if unknown := [label for label in found if label not in self._places]:
+                unknown = [label for label in found if label not in self._places]
+                if unknown and not (self._multi_label and len(unknown) < len(found)):
                     raise UserError(
                         f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
                         f" {misspelled(unknown[0], self._places) or ', '.join(self._places)}"
@@ -122,7 +125,10 @@ class Score:
     def _count(self, true: set[str], given: set[str]) -> None:
         self._texts += 1
         self._exact += true == given
-        for counts, names in ((self._right, true & given), (self._given, given), (self._truth, true)):
+        unknown = true.difference(self._places)
+        self._unknown |= dict.fromkeys(sorted(unknown))
+        self._missed += len(unknown)
+        for counts, names in ((self._right, true & given), (self._given, given), (self._truth, true - unknown)):
             counts[[self._places[name] for name in names]] += 1
 
     def __str__(self) -> str:
@@ -132,11 +138,22 @@ class Score:
         low, high = accuracy_interval(exact, self._texts)
         counts = self._right[None], self._given[None], self._truth[None]
         (macro,) = macro_f1(*counts, multi_label=self._multi_label)
-        micro = f"; micro F1 {float(f1(*(part.sum() for part in counts))):.2%}" if self._multi_label else ""
+        right, given, truth = (part.sum() for part in counts)
+        micro = f"; micro F1 {float(f1(right, given, truth + self._missed)):.2%}" if self._multi_label else ""
+        end = f"; unknown to the classifier, so missed: {listed(list(self._unknown), 5)}" if self._unknown else ""
+        if self._positive is not None:
+            end = f"; {self._of_positive(self._positive)}"
         return (
             f"{'exact match' if self._multi_label else 'accuracy'} {exact:.2%}, 95 % interval {low:.2%} to {high:.2%}"
-            f"{micro}; macro F1 {macro:.2%}; {self._texts:,} labelled and answered texts"
+            f"{micro}; macro F1 {macro:.2%}; {self._texts:,} labelled and answered texts{end}"
         )
+
+    def _of_positive(self, place: int) -> str:
+        """Precision and recall of the positive class, which a threshold trades for each other."""
+        name = next(name for name, own in self._places.items() if own == place)
+        right = int(self._right[place])
+        shares = (("precision", int(self._given[place])), ("recall", int(self._truth[place])))
+        return f"{name!r}: " + ", ".join(f"{of} {right / texts:.2%}" if texts else f"no {of}" for of, texts in shares)
 
     def _true(self, table: pd.DataFrame) -> list[set[str] | None]:
         """The labels of each text; ``None`` if they are not known."""

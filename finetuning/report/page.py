@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import first_line, say
+from finetuning.errors import counted, first_line, say
 from finetuning.html import data_url, render
 from finetuning.processes import is_helper
 from finetuning.report import sections
@@ -66,7 +66,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         result=result,
         split=split,
         names=names,
-        headline=_headline(split, main, result.get("kfold")),
+        headline=_headline(split, main, result.get("kfold"), bool(result["task"].get("threshold_tuned"))),
         scores=score_table(result, answers),
         curve=data_url((directory / CURVE).read_bytes()) if (directory / CURVE).exists() else None,
         classes=class_table(main, names),
@@ -97,17 +97,20 @@ def _main_split(answers: dict[str, Answers], folds: bool) -> str:
     return "validation"
 
 
-def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None) -> str:
-    """The main score. Out of fold, the one after the same epoch in each fold comes first, if it is known."""
+def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None, tuned: bool) -> str:
+    """The main score. Out of fold, the one after the same epoch in each fold comes first, if it is known.
+
+    If each fold has tuned its threshold on the texts that it scores (``tuned``), that one is far too high.
+    """
     measure = "exact match" if answers.multi_label else "accuracy"
     accuracy = float(answers.right.mean())
     shown = percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))
     if kfold is None or split != "validation":
         return f"{split} {measure} {shown}"
-    if (same := kfold["same_epoch"]) is None:  # a fold has stopped before
+    if tuned or (same := kfold["same_epoch"]) is None:  # a fold has stopped before
         return f"out-of-fold {measure} {shown}"
-    every = percent(same["accuracy"], same["accuracy_ci95"])
-    return f"out-of-fold {measure} {every} after {kfold['epochs']} epochs in every fold, {shown} if each fold chooses,"
+    every, after = percent(same["accuracy"], same["accuracy_ci95"]), counted(kfold["epochs"], "epoch")
+    return f"out-of-fold {measure} {every} after {after} in every fold, {shown} if each fold chooses,"
 
 
 def _calibration(main: Answers, temperature: float | None) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
     lines = []
     if "kfold" in result:
-        del shown["validation"]  # printed before training
-        tuned = bool(result["task"].get("threshold_tuned"))
-        lines = same_epoch_lines(result["kfold"], monitor, tuned, "out of fold")
+        pooled = shown.pop("validation")  # printed before training
+        lines = same_epoch_lines(result["kfold"], monitor, label="out of fold")
+        if result["task"].get("threshold_tuned"):  # each fold has tuned one for the texts that it scores
+            lines = [f"{'out of fold':<11} {scores_line(pooled, monitor, multi_label)}"]
     lines += [f"{split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in shown.items()]
     if "test" in result:
         lines.append(accuracy_line("test", result["test"], multi_label))

@@ -13,7 +13,7 @@ from finetuning.errors import UserError, counted, listed
 from finetuning.models.base_model import BaseModel
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.messages import SHOWN_IN_ADVICE
-from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
+from finetuning.settings import MINILM_FORMS, DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
 from finetuning.training.tasks import Task
 
@@ -24,6 +24,7 @@ TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training
 MOSTLY_CUT = 0.5  # of the training texts: if so many are cut, what decides may often be lost
 MANY_STEPS = 2  # times those that the rule for epochs expects, which knows numbers of texts and no lengths
 ADVISED_FOLDS = 5
+FEW_CLASSES = 8  # on sets with more the mean was tried with a hundred texts and more only
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
@@ -41,8 +42,9 @@ def advice_on_texts(
     training, validation = len(labels["train"]), len(labels["validation"])
     counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
     advice += validation_advice(training, validation, counts, config.data, folds)
+    tried = base.name in MINILM_FORMS and labels["train"].ndim == 1 and len(task.names) <= FEW_CLASSES
     reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
-    return advice + (pooling_advice(training, config.name, config.lora) if reads_first else [])
+    return advice + (pooling_advice(training, config.name, config.lora, tried) if reads_first else [])
 
 
 def takes_kfold(config: RunConfig, texts: TextData) -> bool:
@@ -146,11 +148,12 @@ def known_texts_advice(adapter: Adapter, data: DataSettings, hashes: Mapping[str
     ]
 
 
-def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[str]:
+def pooling_advice(texts: int, method: str, lora: LoRASettings | None, tried: bool) -> list[str]:
     """What to try if the head reads the first token, where the mean was better: a head alone, or LoRA on few texts.
 
     Args:
         texts: how many train.
+        tried: whether LoRA on few texts was tried with such a model and such classes.
     """
     export = "; then the classifier can be exported as ONNX only"
     if method == "head":
@@ -159,7 +162,7 @@ def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[s
             f" tried{export}"
         ]
     new = lora is not None and lora.init_adapter is None  # an adapter has its pooling
-    if new and texts <= FEW_FOR_MEAN:
+    if tried and new and texts <= FEW_FOR_MEAN:
         return [
             f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on four of five data"
             f" sets{export}"
@@ -206,5 +209,6 @@ def step_advice(training: TrainingSettings, texts: int, steps_per_epoch: int, pr
         return []
     return [
         f"few of these texts fit into --batch_tokens {training.batch_tokens}, so {training.epochs} epochs make"
-        f" {training.epochs * steps_per_epoch:,} steps: --epochs {epochs} makes {epochs * steps_per_epoch:,}"
+        f" {training.epochs * steps_per_epoch:,} steps: --epochs {epochs} makes {epochs * steps_per_epoch:,},"
+        " and a larger --batch_tokens makes fewer as well"
     ]

@@ -91,9 +91,10 @@ def train(training: Training) -> TrainedRecord:
     validation = _fit(training)
     files = _save(training) if training.trainer.is_global_zero else None
     _, labels, logits = module.predictions["validation"]
+    counts = task.counts(training.inputs.splits["train"].labels)
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
-    found = one_answer_advice(task, logits, module.settings, texts)
+    found = one_answer_advice(task, logits, module.settings, counts)
     folds_fit = partial(takes_kfold, training.claim.config, training.inputs.texts)
     found += chance_advice(task, labels, logits, texts, kfold, folds_fit)
     adapter, epochs = training.inputs.adapter, module.settings.epochs

@@ -49,22 +49,24 @@ def spelling_advice(names: Sequence[str]) -> list[str]:
     return [f"{differ} are different classes: {'; '.join(twice)}: spell them alike"]
 
 
-def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, texts: int) -> list[str]:
+def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, counts: np.ndarray) -> list[str]:
     """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not.
 
     Args:
         logits: (n, classes) of validation.
         training: ``monitor`` and ``class_weights``.
-        texts: how many training texts the run has.
+        counts: (classes,) how many training texts each class has.
     """
     answer = task.only_answer(logits)
     if answer is None:
         return []
-    monitor = "" if training.monitor in task.fair_monitors else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
-    weights = "--class_weights balanced, " if training.class_weights == "none" else ""
+    uneven = counts.max() >= IMBALANCED * counts[counts > 0].min()
+    fair = not uneven or training.monitor in task.fair_monitors
+    monitor = "" if fair else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
+    weights = "--class_weights balanced, " if uneven and training.class_weights == "none" else ""
     return [
         f"the chosen checkpoint answers {answer!r} for every validation text: consider"
-        f" {monitor}{weights}{learn_more(texts)}"
+        f" {monitor}{weights}{'or ' if monitor + weights else ''}{learn_more(int(counts.sum()))}"
     ]
 
 

@@ -45,6 +45,25 @@ def test_the_score_is_that_of_scikit_learn() -> None:
     )
 
 
+def test_a_label_that_multi_label_training_lacked_is_missed() -> None:
+    score = Score(replace(TRAINED, threshold=0.5), "y")
+    labels: list[Any] = [["0", "ham"], ["1"]]
+    list(score.checking(source(labels)).tables())
+    list(score.counted([(rows(labels), [[["0"], ["1"]]])]))
+    assert "exact match 50.00%" in str(score)
+    assert f"micro F1 {4 / 5:.2%}; macro F1 {2 / 3:.2%}" in str(score)
+    assert str(score).endswith("; unknown to the classifier, so missed: ham")
+
+
+def test_precision_and_recall_of_the_positive_class() -> None:
+    score = Score(replace(TRAINED, label_names=["ham", "spam"], threshold=0.1, positive=1), "y")
+    list(score.counted([(rows(["ham", "ham", "spam", "spam"]), [["ham", "spam", "spam", "spam"]])]))
+    assert str(score).endswith("; 'spam': precision 66.67%, recall 100.00%")
+    score = Score(replace(TRAINED, label_names=["ham", "spam"], threshold=0.9, positive=1), "y")
+    list(score.counted([(rows(["ham", "spam"]), [["ham", "ham"]])]))
+    assert str(score).endswith("; 'spam': no precision, recall 0.00%")
+
+
 def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
     score = Score(TRAINED, "y")
     labels: list[Any] = [1, 1.0, Decimal("1.00"), None, float("nan"), " ", "spam ", 0]
@@ -137,7 +156,7 @@ def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) ->
     [
         (["0;1"], None, "'0;1' is no list, but the run is multi-label: give --label_separator, or write lists"),
         ([3], ";", "3 is no list, but the run is multi-label: write lists of labels"),
-        ([["0", "ham"]], None, "'ham' is none of the classifier's labels: 0, 1, spam"),
+        ([["ham"]], None, "'ham' is none of the classifier's labels: 0, 1, spam"),
         (["0,1"], ";", "'0,1' is none of the classifier's labels: 0, 1, spam"),
         (["", " ; "], ";", "has no label: leave it out"),
     ],

@@ -142,27 +142,26 @@ def test_the_command_prints_a_line_for_each_fold(
     more = ("--epochs", "1", "--test", "False", "--report", "False")
     assert main(words(tmp_path / "run", *more)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[6].endswith(" (optimistic: each fold chose its epoch)")
-    assert lines[7].endswith(" (report this, or the score of a large test split)")
+    assert lines[5].endswith(" (optimistic: each fold chose its epoch)")
+    assert lines[6].endswith(" (report this, or the score of a large test split)")
     begins = (
         "2 folds of 40 texts; each run has 1 epoch, and validates on one of them",
         "with the final run on all of them, it takes about 2 times as long as one run",
-        "advice      40 texts are few",
         "fold 1/2 ",
         "fold 2/2 ",
         "out of fold accuracy ",
         "            95 % interval of the",
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
-    assert re.search(r"   epoch 1   \d+\.\d s, about 0:\d\d:\d\d left$", lines[3])
-    assert lines[7].startswith("            after 1 epoch in every fold: ")
+    assert re.search(r"   epoch 1   \d+\.\d s, about 0:\d\d:\d\d left$", lines[2])
+    assert lines[6].startswith("            after 1 epoch in every fold: ")
     assert (
-        lines[8]
+        lines[7]
         == "            on all folds, always answering the largest class is right for 50.00%, with a macro F1 of 33.33%"
     )
-    assert lines[9] == "final run   schedule of 1 epoch, stopped after 1, the median of the folds' 1, 1"
+    assert lines[8] == "final run   schedule of 1 epoch, stopped after 1, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
-    assert lines.count(lines[7].replace("            after", "out of fold after")) == 1, "again where the run ends"
+    assert lines.count(lines[6].replace("            after", "out of fold after")) == 1, "again where the run ends"
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
     assert "has predicted no held-out text" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """What a run advises about the size of its validation split, and ``--pooling mean`` for a head alone."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,20 @@ from tests.common import config_of_flags
 from tests.synthetic_runs import grid_in
 
 
-def advised(flags: str, training: int, validation: int, of_b: int | None = None) -> str:
-    """What a run with so many texts of two classes advises; half of validation is of the second one if not given."""
+def advised(
+    flags: str, training: int, validation: int, of_b: int | None = None, name: str | None = None, classes: str = "ab"
+) -> str:
+    """What a run with so many texts of the first two classes advises; half of validation is of the second one if not
+    given. ``name`` is what the base model is taken for.
+    """
     config = config_of_flags(f"--accelerator cpu --model_name packaged {flags}")
     of_b = validation // 2 if of_b is None else of_b
     labels = {"train": np.arange(training) % 2, "validation": np.repeat([0, 1], [validation - of_b, of_b])}
     labels["test"] = np.arange(2)
-    task = make_task(labels, ["a", "b"], config.training)
-    return "\n".join(advice_on_texts(config, find_base_model(config), task, labels, lambda: config.takes_kfold))
+    task = make_task(labels, list(classes), config.training)
+    base = find_base_model(config)
+    base = replace(base, name=name or base.name)
+    return "\n".join(advice_on_texts(config, base, task, labels, lambda: config.takes_kfold))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,14 @@ def test_where_the_mean_was_better_than_the_first_token_the_run_advises_it(
     folder_of: Any, model_type: str, texts: int, flags: str, advises: bool
 ) -> None:
     flags += f" --model_name {folder_of(model_type)} --max_length 16"
-    assert ("--pooling mean" in advised(flags, texts, FEW_VALIDATION_TEXTS)) == advises
+    assert ("--pooling mean" in advised(flags, texts, FEW_VALIDATION_TEXTS, name="packaged-bert")) == advises
+
+
+def test_lora_on_the_mean_is_advised_only_where_it_was_tried(folder_of: Any) -> None:
+    flags, few = f"--model_name {folder_of('bert')} --max_length 16", (FEW_FOR_MEAN, FEW_VALIDATION_TEXTS)
+    assert "--pooling mean" in advised(flags, *few, name="packaged-bert", classes="abcdefgh")
+    assert "--pooling mean" not in advised(flags, *few, name="packaged-bert", classes="abcdefghi")
+    assert "--pooling mean" not in advised(flags, *few), "another model"
 
 
 @pytest.mark.parametrize(
@@ -180,10 +194,10 @@ def test_a_run_knows_the_share_of_texts_at_the_limit(
             "--epochs 50 --batch_size 16",
             96,
             32,
-            "so 50 epochs make 1,600 steps: --epochs 10 makes 320$",
+            "so 50 epochs make 1,600 steps: --epochs 10 makes 320, and a larger",
         ),  # 6 an epoch by the texts
         ("--epochs 50 --batch_size 16", 96, 12, ""),
-        ("--epochs 7 --batch_size 16", 96, 60, "7 epochs make 420 steps: --epochs 5 makes 300$"),
+        ("--epochs 7 --batch_size 16", 96, 60, "7 epochs make 420 steps: --epochs 5 makes 300, and"),
         ("--epochs 5 --batch_size 32", 2000, 300, ""),  # fewer are never advised
         ("--epochs 2 --batch_size 64", 20000, 3000, ""),
         ("--epochs 50 --batch_size 16 --accumulate 2", 96, 16, "--epochs 10 "),
