@@ -115,13 +115,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or bool(kinds & known) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def listed(names: Iterable[object], most: int | None = None) -> str:
     """Names in one line. Long names are shortened, because the first line of a file without a header can be a text.
 
@@ -166,12 +159,9 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     except BrokenPipeError:  # whoever read standard output has seen enough, for example `head`
         status, line = 1, ""
     except BaseException as error:  # a panic of the tokenizers is no Exception
-        if is_out_of_memory(error):
-            status, line = 1, "failed: out of memory: use fewer or shorter texts or a smaller model, or free memory"
-        elif any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):  # torch's exporter wraps it
-            status, line = 130, interrupted
-        else:
+        if not is_out_of_memory(error):
             raise
+        status, line = 1, "failed: out of memory: use fewer or shorter texts or a smaller model, or free memory"
     if line:
         say(line, sys.stderr)
     return status

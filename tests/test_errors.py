@@ -53,16 +53,6 @@ def test_a_command_that_ends_early_says_why_in_one_line(
     assert re.fullmatch(line, printed.err.removesuffix("\n"))
 
 
-def test_an_interruption_that_a_library_has_wrapped_is_one() -> None:
-    def command() -> int:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            raise RuntimeError("cannot unset the mode")  # noqa: B904  # as torch's exporter does in a ``finally``
-
-    assert exit_status(command, "stopped early") == 130
-
-
 @pytest.mark.parametrize("error", [ValueError("a bug"), PanicException("a bug"), SystemExit(3)])
 def test_an_error_that_nobody_expects_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):

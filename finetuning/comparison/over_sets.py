@@ -16,11 +16,11 @@ from finetuning.pages import Table
 LEAST_SETS = 3
 ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
-    "Mean and standard deviation over seeds and draws of the training texts, with their number where it is not that of"
-    " the head. The interval is Student's t over sets. Better, equivalent, worse: the probability that the typical"
-    " difference is that, by the Bayesian signed-rank test (Benavoli et al. 2017); up to"
-    f" {ROPE} points are equivalent. A single set can differ more. The loss is cross-entropy on test: it also falls if"
-    " probabilities are better."
+    "Mean and standard deviation over seeds and draws of the training texts. The heading of the first column says how"
+    " many runs a cell has, a cell with another number says it. The interval is Student's t over sets. Better,"
+    " equivalent, worse: the probability that the typical difference is that, by the Bayesian signed-rank test"
+    f" (Benavoli et al. 2017); up to {ROPE} points are equivalent. A single set can differ more. The loss is cross-entropy"
+    " on test: it also falls if probabilities are better."
 )
 PAIRS = (
     "pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %", "loss, nats (95 %)",
@@ -114,20 +114,20 @@ def sets_table(grid: Grid) -> Table:
     methods = grid.methods
     numbers = Counter(len(runs) for own in grid.runs.values() for runs in own.values())
     usual = numbers.most_common(1)[0][0]
-    each = f"({counted(usual, 'run')} each)"
+    noted = f"({counted(usual, 'run')} unless noted)"
 
     def cell(name: str, method: str) -> str:
-        return score_cell(grid.accuracies(name, method)).removesuffix(f" ({usual})")
+        return score_cell(grid.accuracies(name, method), usual)
 
     if len(methods) > len(grid.runs):
         by_method = [(method, *(cell(name, method) for name in grid.runs)) for method in methods]
-        return Table((f"method {each}", *(f"{name}, %" for name in grid.runs)), by_method)
+        return Table((f"method {noted}", *(f"{name}, %" for name in grid.runs)), by_method)
     rows = [(name, *(cell(name, method) for method in methods)) for name in grid.runs]
     shared = grid.shared(methods)
     if len(shared) > 1:
         means = (f"{fmean(grid.means(method, shared)):.2f}" for method in methods)
         rows.append((f"mean of {len(shared)} sets", *means))
-    return Table((f"data set {each}", *(f"{method}, %" for method in methods)), rows)
+    return Table((f"data set {noted}", *(f"{method}, %" for method in methods)), rows)
 
 
 @dataclass(frozen=True)
@@ -231,9 +231,10 @@ def mean_of_sets(found: Sequence[Sequence[Run]], *keys: str) -> float | None:
     return None if not values or any(None in each for each in values) else fmean(map(fmean, values))
 
 
-def score_cell(values: Sequence[float]) -> str:
-    """``88.80 ± 0.35 (3)``: mean, standard deviation and number; empty without values."""
+def score_cell(values: Sequence[float], usual: int | None = None) -> str:
+    """``88.80 ± 0.35 (3)``: mean, standard deviation and number, if it is not the usual one; empty without values."""
     mean, deviation = mean_and_deviation(values)
     if mean is None:
         return ""
-    return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}") + f" ({len(values)})"
+    number = "" if len(values) == usual else f" ({len(values)})"
+    return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}") + number

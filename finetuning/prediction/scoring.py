@@ -1,5 +1,6 @@
 """How many answers are right, if the input also has the true labels. Nothing here imports torch."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -93,26 +94,37 @@ class Score:
         """
 
         def tables() -> Iterator[pd.DataFrame]:
-            labelled = there = False
+            labelled = there = known = False
+            strange: str | None = None  # a label that training may have lacked
             lists = self._multi_label and self._separator is None  # an empty one is a text without a label
             for table in source.tables():
                 true = self._true(table)
                 found = [label for labels in true for label in labels or ()]
                 unknown = [label for label in found if label not in self._places]
-                if unknown and not (self._multi_label and len(unknown) < len(found)):
-                    raise UserError(
-                        f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
-                        f" {misspelled(unknown[0], self._places) or ', '.join(self._places)}"
-                    )
+                if wrong := [label for label in unknown if not self._multi_label or self._meant(label)]:
+                    raise self._no_label(wrong[0])
+                strange = strange or next(iter(unknown), None)
+                known |= len(unknown) < len(found)
                 labelled |= bool(found) or (lists and any(labels is not None for labels in true))
                 there |= self.column in table
                 yield table
             if not there:
                 texts_in(table, self.column, source.where, "label_column")  # says that it is missing
+            if strange is not None and not known:
+                raise self._no_label(strange)
             if not labelled:
                 raise UserError(f"--label_column {self.column}: has no label: leave it out")
 
         return replace(source, tables=tables)
+
+    def _no_label(self, label: str) -> UserError:
+        hint = misspelled(label, self._places) or ", ".join(self._places)
+        return UserError(f"--label_column {self.column}: {label!r} is none of the classifier's labels: {hint}")
+
+    def _meant(self, label: str) -> bool:
+        """Whether an unknown label is a known one in another spelling, or several with another separator."""
+        parts = re.split("[,;|/]", label)
+        return bool(misspelled(label, self._places)) or any(part.strip() in self._places for part in parts)
 
     def counted(self, answered: Iterable[Answered]) -> Iterator[Answered]:
         """The same rows and values; the first column of the values is the label, or the list of labels."""
@@ -150,7 +162,7 @@ class Score:
 
     def _of_positive(self, place: int) -> str:
         """Precision and recall of the positive class, which a threshold trades for each other."""
-        name = next(name for name, own in self._places.items() if own == place)
+        name = list(self._places)[place]
         right = int(self._right[place])
         shares = (("precision", int(self._given[place])), ("recall", int(self._truth[place])))
         return f"{name!r}: " + ", ".join(f"{of} {right / texts:.2%}" if texts else f"no {of}" for of, texts in shares)

@@ -14,6 +14,7 @@ from finetuning.runs.records import SCORES, BaselineRecord, FoldsRecord, score_n
 
 INSTALLED = "finetune-lora"  # the command that pip installs
 TO_REPORT = "(report this, or the score of a large test split)"
+OPTIMISTIC = "(optimistic: each fold chose its epoch)"
 TUNED = "(optimistic: each fold tuned its threshold)"
 SHOWN_IN_ADVICE = 5  # labels
 SCRIPTS = {  # files of the clone
@@ -29,10 +30,11 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
     lines = []
     if "kfold" in result:
-        pooled = shown.pop("validation")  # printed before training
-        lines = same_epoch_lines(result["kfold"], monitor, label="out of fold")
+        pooled = shown.pop("validation")
         if result["task"].get("threshold_tuned"):  # each fold has tuned one for the texts that it scores
-            lines = [f"{'out of fold':<11} {scores_line(pooled, monitor, multi_label)}"]
+            lines = pooled_lines(pooled, monitor, multi_label)
+        else:
+            lines = same_epoch_lines(result["kfold"], monitor, label="out of fold")
     lines += [f"{split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in shown.items()]
     if "test" in result:
         lines.append(accuracy_line("test", result["test"], multi_label))
@@ -130,6 +132,12 @@ def folds_line(result: Mapping[str, Any], monitor: str, multi_label: bool) -> li
     shown = scores_line(means["mean"] | {"examples": result["validation"]["examples"]}, monitor, multi_label)
     after = f"after {counted(folds['epochs'], 'epoch')} in each" if folds["same_epoch"] else "each after its best epoch"
     return [f"{'run':<11} mean of the folds, {after}", f"{'':<11} {'out of fold':<11} {shown}"]
+
+
+def pooled_lines(scores: dict[str, Any], monitor: str, multi_label: bool) -> list[str]:
+    """The scores of all predictions out of fold, each by its fold's best epoch, and the interval of the accuracy."""
+    interval = accuracy_line("out-of-fold", scores, multi_label)
+    return [f"{'out of fold':<11} {scores_line(scores, monitor, multi_label)}", f"{interval} {OPTIMISTIC}"]
 
 
 def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False, label: str = "") -> list[str]:

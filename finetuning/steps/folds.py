@@ -21,7 +21,7 @@ from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import scores_by_epoch
 from finetuning.runs.measurements import forget_peak
-from finetuning.runs.messages import accuracy_line, largest_class_line, same_epoch_lines, scores_line
+from finetuning.runs.messages import largest_class_line, pooled_lines, same_epoch_lines, scores_line
 from finetuning.runs.records import SCORES, FoldsRecord, Means, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
@@ -30,7 +30,6 @@ from finetuning.training.hardware import return_freed_memory
 from finetuning.training.module import Predictions, all_scores
 from finetuning.training.tasks import MultiLabel
 
-OPTIMISTIC = "(optimistic: each fold chose its epoch)"
 RANGES = {"mcc": (-1.0, 1.0), "loss": (0.0, math.inf)}  # of scores; the others are from 0 to 1
 
 
@@ -73,10 +72,9 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     folds = _joined(inputs, runs)
     record, (rows, labels, logits) = folds.record, folds.predictions
     scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
-    say(f"{'out of fold':<11} {scores_line(scores, *shown)}")
-    say(f"{accuracy_line('out-of-fold', scores, shown[1])} {OPTIMISTIC}")
     tuned = bool(inputs.task.record().get("threshold_tuned"))
-    for line in (*same_epoch_lines(record, training.monitor, tuned), *largest_class_line("all folds", scores)):
+    lines = pooled_lines(scores, *shown) + same_epoch_lines(record, training.monitor, tuned)
+    for line in (*lines, *largest_class_line("all folds", scores)):
         say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
     whole, median = counted(training.epochs, "epoch"), f"the median of the folds' {chosen}"

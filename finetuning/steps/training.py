@@ -94,7 +94,7 @@ def train(training: Training) -> TrainedRecord:
     counts = task.counts(training.inputs.splits["train"].labels)
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
-    found = one_answer_advice(task, logits, module.settings, counts)
+    found = one_answer_advice(task, logits, module.settings, counts, texts)
     folds_fit = partial(takes_kfold, training.claim.config, training.inputs.texts)
     found += chance_advice(task, labels, logits, texts, kfold, folds_fit)
     adapter, epochs = training.inputs.adapter, module.settings.epochs

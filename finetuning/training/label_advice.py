@@ -49,13 +49,16 @@ def spelling_advice(names: Sequence[str]) -> list[str]:
     return [f"{differ} are different classes: {'; '.join(twice)}: spell them alike"]
 
 
-def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, counts: np.ndarray) -> list[str]:
+def one_answer_advice(
+    task: Task, logits: np.ndarray, training: TrainingSettings, counts: np.ndarray, texts: int
+) -> list[str]:
     """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not.
 
     Args:
         logits: (n, classes) of validation.
         training: ``monitor`` and ``class_weights``.
         counts: (classes,) how many training texts each class has.
+        texts: how many there are.
     """
     answer = task.only_answer(logits)
     if answer is None:
@@ -66,7 +69,7 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     weights = "--class_weights balanced, " if uneven and training.class_weights == "none" else ""
     return [
         f"the chosen checkpoint answers {answer!r} for every validation text: consider"
-        f" {monitor}{weights}{'or ' if monitor + weights else ''}{learn_more(int(counts.sum()))}"
+        f" {monitor}{weights}{'or ' if monitor + weights else ''}{learn_more(texts)}"
     ]
 
 

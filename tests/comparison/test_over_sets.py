@@ -42,7 +42,7 @@ def tables_of(results: Path) -> list[Table]:
 @pytest.mark.parametrize("draw", ["", "-data_seed"], ids=["seeds", "draws"])
 def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     grid, pairs = tables_of(results(tmp_path, ACCURACIES, draw))
-    assert grid.columns == ("data set (2 runs each)", "a, %", "b, %")
+    assert grid.columns == ("data set (2 runs unless noted)", "a, %", "b, %")
     assert grid.rows == [
         ("four", "50.00 ± 0.00", ""),
         ("one", "90.50 ± 0.71", "88.50 ± 0.71"),
@@ -140,6 +140,6 @@ def test_the_losses_of_a_pair(tmp_path: Path) -> None:
 def test_many_methods_are_rows(tmp_path: Path) -> None:
     sets = {name: dict.fromkeys("abcd", (500,)) for name in ("one", "two", "three")}
     table, *_ = tables_of(results(tmp_path, sets))
-    assert table.columns == ("method (1 run each)", "one, %", "three, %", "two, %")
+    assert table.columns == ("method (1 run unless noted)", "one, %", "three, %", "two, %")
     assert table.rows[0] == ("a", "50.00", "50.00", "50.00")
     assert len(table.rows) == 4

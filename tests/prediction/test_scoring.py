@@ -157,6 +157,13 @@ def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) ->
         (["0;1"], None, "'0;1' is no list, but the run is multi-label: give --label_separator, or write lists"),
         ([3], ";", "3 is no list, but the run is multi-label: write lists of labels"),
         ([["ham"]], None, "'ham' is none of the classifier's labels: 0, 1, spam"),
+        (
+            [["0", "Spam"]],
+            None,
+            "'Spam' is none of the classifier's labels: it is 'Spam', and the other 'spam': spell them alike",
+        ),
+        (["0,1", "1"], ";", "'0,1' is none of the classifier's labels: 0, 1, spam"),
+        ([["x"]], None, "'x' is none of the classifier's labels: 0, 1, spam"),
         (["0,1"], ";", "'0,1' is none of the classifier's labels: 0, 1, spam"),
         (["", " ; "], ";", "has no label: leave it out"),
     ],

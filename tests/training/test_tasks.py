@@ -260,13 +260,15 @@ def test_labels_that_people_have_typed_differently_bring_advice() -> None:
 def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
     task = SingleLabel(NAMES)
     uneven = np.array([100, 20, 80])
-    (line,) = one_answer_advice(task, logits_for([2, 2]), training(), uneven)
+    (line,) = one_answer_advice(task, logits_for([2, 2]), training(), uneven, 200)
     assert "answers 'good' for every validation text: consider --monitor macro_f1 or mcc, --class_weights" in line
-    (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"), uneven)
+    (line,) = one_answer_advice(
+        task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"), uneven, 200
+    )
     assert line.endswith("consider more --epochs, a smaller --batch_size, or another --learning_rate")
-    (line,) = one_answer_advice(task, logits_for([2, 2]), training(), np.array([30, 25, 45]))
+    (line,) = one_answer_advice(task, logits_for([2, 2]), training(), np.array([30, 25, 45]), 100)
     assert line.endswith("every validation text: consider more training texts"), "weights would change nothing"
-    assert not one_answer_advice(task, logits_for([2, 1]), training(), uneven)
+    assert not one_answer_advice(task, logits_for([2, 1]), training(), uneven, 200)
 
 
 def test_a_classifier_at_chance_brings_advice() -> None:
