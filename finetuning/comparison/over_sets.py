@@ -19,8 +19,8 @@ OVER_SETS = (
     "Mean and standard deviation over seeds and draws of the training texts. The heading of the first column says how"
     " many runs a cell has, a cell with another number says it. The interval is Student's t over sets. Better,"
     " equivalent, worse: the probability that the typical difference is that, by the Bayesian signed-rank test"
-    f" (Benavoli et al. 2017); up to {ROPE} points are equivalent. A single set can differ more. The loss is cross-entropy"
-    " on test: it also falls if probabilities are better."
+    f" (Benavoli et al. 2017); up to {ROPE} points are equivalent. A single set can differ more. The loss is"
+    " cross-entropy on test: it also falls if probabilities are better."
 )
 PAIRS = (
     "pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %", "loss, nats (95 %)",
