@@ -34,8 +34,8 @@ def collect(runs: StudyRuns, stage: str, results: Path) -> None:
         state = runs.state(run)
         if state not in kept:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
-            ended = state in ("missing", "changed")  # what goes on replaces its line
-            if ended and run.name in before and not stands_for(run, before[run.name].result, own=True):
+            stays = state in ("missing", "changed")  # another run goes on, and replaces its line
+            if stays and run.name in before and not stands_for(run, before[run.name].result, own=True):
                 print(f"kept: {run.name} of {target}, with other settings: delete its line there", file=sys.stderr)
             continue
         if state == "failed" and run.name in before and has_finished(before[run.name], run):

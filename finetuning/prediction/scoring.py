@@ -12,7 +12,7 @@ import pandas as pd
 
 from finetuning.data.columns import texts_in
 from finetuning.data.files import UNREADABLE
-from finetuning.data.labels import as_number, misspelled
+from finetuning.data.labels import SEPARATORS, as_number, misspelled
 from finetuning.data.tables import class_names, shortest_numbers, split_files
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError, listed
@@ -123,7 +123,7 @@ class Score:
 
     def _meant(self, label: str) -> bool:
         """Whether an unknown label is a known one in another spelling, or several with another separator."""
-        parts = re.split("[,;|/]", label)
+        parts = re.split(f"[{''.join(SEPARATORS)}/]", label)
         return bool(misspelled(label, self._places)) or any(part.strip() in self._places for part in parts)
 
     def counted(self, answered: Iterable[Answered]) -> Iterator[Answered]:

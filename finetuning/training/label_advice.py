@@ -22,11 +22,16 @@ def learn_more(texts: int) -> str:
     return "more --epochs, a smaller --batch_size, or another --learning_rate"
 
 
-def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings) -> list[str]:
-    """What to try if classes differ much in size; empty if they do not, or if the run's metric is fair to them."""
+def _unevenness(counts: np.ndarray) -> tuple[int, int, float]:
+    """The largest and the smallest class that has texts, and how many times as large the one is."""
     present = np.flatnonzero(counts)
     largest, smallest = present[counts[present].argmax()], present[counts[present].argmin()]
-    ratio = counts[largest] / counts[smallest]
+    return int(largest), int(smallest), float(counts[largest] / counts[smallest])
+
+
+def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings) -> list[str]:
+    """What to try if classes differ much in size; empty if they do not, or if the run's metric is fair to them."""
+    largest, smallest, ratio = _unevenness(counts)
     if ratio < IMBALANCED or training.monitor in task.fair_monitors:
         return []
     weights = ", or --class_weights balanced" if training.class_weights == "none" else ""
@@ -63,7 +68,8 @@ def one_answer_advice(
     answer = task.only_answer(logits)
     if answer is None:
         return []
-    uneven = counts.max() >= IMBALANCED * counts[counts > 0].min()
+    *_, ratio = _unevenness(counts)
+    uneven = ratio >= IMBALANCED
     fair = not uneven or training.monitor in task.fair_monitors
     monitor = "" if fair else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
     weights = "--class_weights balanced, " if uneven and training.class_weights == "none" else ""
