@@ -121,6 +121,11 @@ def test_offline_means_the_packaged_model() -> None:
     assert config_of_flags("--offline False").model.model_name == DEFAULT_MODEL
 
 
+def test_a_tilde_that_no_shell_expanded_is_the_home_folder() -> None:
+    assert config_of_flags("--model_name=~/mine").model.model_name == str(Path.home() / "mine")
+    assert config_of_flags("--model_name=~nobody-has-this-name/mine").model.model_name == "~nobody-has-this-name/mine"
+
+
 @pytest.mark.parametrize("means", [PACKAGED_BERT, PACKAGED_DISTILBERT])
 def test_packaged_means_one_form_and_a_record_another(means: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetuning.settings.model.PACKAGED_MEANS", means)

@@ -52,8 +52,13 @@ class ModelSettings:
 
 
 def full_name(model_name: str) -> str:
-    """The name of a model with ``packaged`` as what it means, so that a run records that."""
-    return PACKAGED_MEANS if model_name == PACKAGED else model_name
+    """The name of a model with ``packaged`` as what it means, so that a run records that, and ``~`` as the home folder.
+
+    Shells leave ``~`` in ``--model_name=~/folder`` as it is. No name on the hub begins with it.
+    """
+    if model_name == PACKAGED:
+        return PACKAGED_MEANS
+    return os.path.expanduser(model_name)  # noqa: PTH111 - pathlib refuses "~" and a name that nobody has
 
 
 def recorded_name(model_name: str) -> str:
