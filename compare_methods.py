@@ -10,10 +10,11 @@ from pathlib import Path
 from finetuning.tuning import command
 
 ROOT = Path(__file__).resolve().parent
-README, GUIDE, BEST_PRACTICES = ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "best_practices.md"
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
+BEST_PRACTICES, EVIDENCE = ROOT / "docs" / "best_practices.md", ROOT / "docs" / "evidence.md"
 DATA_SETS = ROOT / "docs" / "data_sets.md"
 SPEED, ACCURACY = ROOT / "docs" / "speed.md", ROOT / "docs" / "accuracy.md"
-PAGES = (README, GUIDE, BEST_PRACTICES, DATA_SETS, SPEED)
+PAGES = (README, GUIDE, BEST_PRACTICES, EVIDENCE, DATA_SETS, SPEED)
 RESULTS = ROOT / "results"
 
 

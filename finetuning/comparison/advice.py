@@ -1,4 +1,4 @@
-"""The small tables of docs/best_practices.md: rows of several studies, each compared with a reference.
+"""The small tables of docs/evidence.md: rows of several studies, each compared with a reference.
 
 ``TABLES`` names the rows of each table. On a page, a table stands between the markers of its name, like all others.
 """

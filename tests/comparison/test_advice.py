@@ -1,4 +1,4 @@
-"""Small tables in a page; and docs/best_practices.md: no number in its text that the runs do not give."""
+"""Small tables in a page; and best_practices.md and evidence.md: no number in their text that the runs do not give."""
 
 import json
 import re
@@ -15,7 +15,7 @@ import pytest
 from benchmarks import harness
 from benchmarks.budget import FROZEN
 from benchmarks.tune import PARTS
-from compare_methods import BEST_PRACTICES, DATA_SETS, RESULTS, ROOT
+from compare_methods import BEST_PRACTICES, DATA_SETS, EVIDENCE, RESULTS, ROOT
 from finetuning.comparison import advice, decisions
 from finetuning.comparison.advice import (
     ALL_STUDIES,
@@ -121,9 +121,10 @@ def test_differences_are_from_the_reference(found: list[Study]) -> None:
     assert [row[3:5] for row in rows] == [["", ""], ["-40.50", "+0.00"], ["", ""], ["", ""], ["+40.50", "+0.00"]]
 
 
-# --- docs/best_practices.md
+# --- docs/best_practices.md and docs/evidence.md
 
-PAGE = BEST_PRACTICES.read_text(encoding="utf8")
+ADVICE, RUNS = (page.read_text(encoding="utf8") for page in (BEST_PRACTICES, EVIDENCE))
+PAGES = ADVICE + RUNS
 CHANCE = "reached 50 %, which is chance"
 SEEDS = {"one": 1, "three": 3}
 
@@ -183,7 +184,7 @@ def unchecked_numbers(text: str) -> list[str]:
         if re.search(r"\d", span) and (span in scores() or span.startswith("--")):
             text = text.replace(f"`{span}`", "")
     parameters = scores()["methods/full"]["trainable"]  # all of the model's
-    (expected,) = re.findall(r"<!-- sets_baselines:begin -->.*?<!-- sets_baselines:end -->", PAGE, flags=re.DOTALL)
+    (expected,) = re.findall(r"<!-- sets_baselines:begin -->.*?<!-- sets_baselines:end -->", ADVICE, flags=re.DOTALL)
     *_, fewer, most = sorted(map(int, re.findall(r"^\| \w+ \| (\d+) \|", expected, flags=re.MULTILINE)))
     checked = (
         CHANCE, f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters", f"{fewer} and {most} classes",
@@ -196,7 +197,7 @@ def unchecked_numbers(text: str) -> list[str]:
 
 def sections() -> dict[str, str]:
     """Heading and text of each advice."""
-    parts = re.split(r"^## (.+)\n", PAGE, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^## (.+)\n", RUNS, flags=re.MULTILINE)[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     found.pop("How the scores were made")
     return found
@@ -208,8 +209,8 @@ def rows_of(text: str) -> list[str]:
 
 
 def test_every_number_in_the_text_is_that_of_the_runs() -> None:
-    assert wrong_scores(prose(PAGE)) == []
-    assert unchecked_numbers(prose(PAGE)) == []
+    assert wrong_scores(prose(PAGES)) == []
+    assert unchecked_numbers(prose(PAGES)) == []
 
 
 def test_a_wrong_or_unchecked_number_would_be_seen() -> None:
@@ -226,7 +227,7 @@ def test_a_wrong_or_unchecked_number_would_be_seen() -> None:
 
 
 def test_flags_with_values_in_the_text_are_accepted() -> None:
-    spans = re.findall(r"`(--\w+ [^`]+)`", prose(PAGE))
+    spans = re.findall(r"`(--\w+ [^`]+)`", prose(PAGES))
     assert spans
     for span in spans:
         from_flags(shlex.split(span))
@@ -248,7 +249,7 @@ def test_what_the_text_says_in_words() -> None:
     def seconds(name: str) -> float:
         return scores()[name]["train_seconds"]
 
-    assert prose(PAGE).lower().count("less than half") == 2  # selective fine-tuning, the encoder
+    assert prose(RUNS).lower().count("less than half") == 2  # selective fine-tuning, the encoder
     for slow, fast in (
         ("methods/lora", "methods/selective"),
         ("earlier_work/lora", "earlier_work/selective"),
@@ -366,8 +367,8 @@ def test_the_default_rates_are_the_best_of_five_on_validation() -> None:
         assert all(curve[rate] == 0.5 for rate in curve if rate > 9 * best)  # CHANCE
 
 
-def test_each_advice_has_its_row_in_the_first_table() -> None:
-    rows = re.findall(r"^\| .* \| .*\]\(#([\w-]+)\) \| .* \| (sure|likely|open) \|$", PAGE, flags=re.MULTILINE)
+def test_each_advice_has_its_row_in_best_practices() -> None:
+    rows = re.findall(r"^\| .* \| .*\]\(evidence.md#([\w-]+)\) \| .* \| (sure|likely|open) \|$", ADVICE, flags=re.M)
     said = {}
     for heading, text in sections().items():
         anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
@@ -397,6 +398,6 @@ def test_every_study_has_a_place_on_the_page() -> None:
 
 def test_every_table_has_its_place_on_the_page() -> None:
     for name in (*TABLES, ALL_STUDIES, decisions.NAME):
-        assert PAGE.count(f"<!-- {name}:begin -->") == PAGE.count(f"<!-- {name}:end -->") == 1, name
+        assert PAGES.count(f"<!-- {name}:begin -->") == PAGES.count(f"<!-- {name}:end -->") == 1, name
     shown = {(name, row) for _, blocks in TABLES.values() for name, rows in blocks for row in rows.split()}
     assert all(row in {r.name for r in study(name).rows} for name, row in shown)
