@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetuning.comparison.repository import Repository
 from finetuning.tuning import command
+from studies.pages import page_plots, page_tables
 
 ROOT = Path(__file__).resolve().parent
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
@@ -16,11 +18,12 @@ DATA_SETS = ROOT / "docs" / "data_sets.md"
 SPEED, ACCURACY = ROOT / "docs" / "speed.md", ROOT / "docs" / "accuracy.md"
 PAGES = (README, GUIDE, BEST_PRACTICES, EVIDENCE, DATA_SETS, SPEED)
 RESULTS = ROOT / "results"
+REPOSITORY = Repository(RESULTS, PAGES, page_tables, page_plots)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command with the results and the pages of this clone. Returns the exit status."""
-    return command.main(argv, RESULTS, PAGES)
+    return command.main(argv, REPOSITORY)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.collected import read_study
+from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import Grid, grid_of
 from finetuning.comparison.packed import Columns, Record, change_records
 from finetuning.runs.records import scores_record
@@ -114,3 +114,17 @@ def outcomes(accuracy: float, texts: int, seed: int, difficulty: np.ndarray | No
     correct = np.zeros(texts, bool)
     correct[order[: round(accuracy * texts)]] = True
     return correct
+
+
+def two_studies(results: Path) -> list[Study]:
+    """Study a: x (two seeds) and y (one, and slower); study b: x, and broken, which failed."""
+    for seed in range(2):
+        write_run(results, "a", "x", seed=seed, correct=outcomes(0.90 + 0.01 * seed, 1000, seed))
+    write_run(
+        results, "a", "y", correct=outcomes(0.5, 1000, 9), train={"seconds": 2000.4},
+        files={"adapter_model.safetensors": 1_932_152, "last.ckpt": 9_000_000},
+    )  # fmt: skip
+    write_run(results, "b", "x", correct=outcomes(0.8, 500, 3), environment={"alone": False})
+    write_run(results, "b", "broken", status="failed")
+    write_run(results, "b", "tried", stage="tune", axes={"learning_rate": 0.1}, validation=0.5)
+    return [read_study(name, results) for name in study_names(results)]

@@ -12,7 +12,8 @@ from tests.common import ROOT
 
 LIBRARY = {"local_dataset_utilities", "local_model_utilities"}
 COMMANDS = {"finetune_lora", "predict", "export_model", "compare_methods"}
-ABOVE = COMMANDS | LIBRARY | {"benchmarks", "tests"}  # of finetuning/
+ABOVE_STUDIES = COMMANDS | LIBRARY | {"benchmarks", "tests"}
+ABOVE = ABOVE_STUDIES | {"studies"}  # of finetuning/
 
 
 @functools.cache
@@ -39,7 +40,15 @@ def test_every_root_module_is_known() -> None:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS | LIBRARY))
 def test_root_modules_import_downward(name: str) -> None:
-    assert not imported(ROOT / f"{name}.py") & ABOVE  # compare_methods.py starts finetune_lora.py as a process
+    above = ABOVE_STUDIES if name == "compare_methods" else ABOVE
+    assert not imported(ROOT / f"{name}.py") & above  # compare_methods.py starts finetune_lora.py as a process
+
+
+def test_the_tables_of_studies_never_import_what_is_above_them() -> None:
+    files = sorted((ROOT / "studies").glob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & ABOVE_STUDIES, path
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import predict
 from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.comparison.report import write_report
+from finetuning.comparison.repository import Repository
 from finetuning.errors import UserError
 from finetuning.models.pretrained import load_pretrained
 from finetuning.runs.checkpoints import write_checkpoint
@@ -321,7 +322,7 @@ def test_the_report_of_studies_shows_markup_as_text(tmp_path: Path) -> None:
     asked, command = {"question": f"{evil} `{evil}`?"}, f"python finetune_lora.py --data_dir {evil}"
     write_run(tmp_path, evil, evil, study=asked, command=command)
     write_run(tmp_path, evil, "=1+1", status="failed", error=evil)
-    page = write_report(tmp_path, []).read_text(encoding="utf8")
+    page = write_report(Repository(tmp_path)).read_text(encoding="utf8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;") >= 4
     rows = json.loads((tmp_path / "summary.json").read_text(encoding="utf8"))

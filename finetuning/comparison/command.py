@@ -4,14 +4,16 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from finetuning.comparison.collection import collect
 from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
 from finetuning.comparison.plan import STAGES, read_plan
+from finetuning.comparison.repository import Repository
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, counted, first_line, listed
 from finetuning.flags import OneLineParser, parse_path
@@ -20,13 +22,8 @@ from finetuning.flags import OneLineParser, parse_path
 Add = Callable[..., argparse.ArgumentParser]
 
 
-def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
-    """Adds the subcommands for a study.
-
-    Args:
-        results: the default folder of the report.
-        pages: the default pages of a report from this folder.
-    """
+def add_studies(add: Add, repository: Repository) -> None:
+    """Adds the subcommands for a study. A report from the repository's results fills its pages by default."""
     study = OneLineParser(add_help=False)
     study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, for example studies/smoke.toml")
     study.add_argument(
@@ -69,7 +66,7 @@ def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
         help="Markdown files; text between <!-- STUDY:begin --> and <!-- STUDY:end --> is replaced by the study's table"
         " (default: in a clone README.md and pages in docs/; none if --results is another folder)",
     )  # fmt: skip
-    report.set_defaults(usual=(results, pages))
+    report.set_defaults(repository=repository)
 
 
 def script() -> Path:
@@ -142,13 +139,12 @@ def report_command(options: argparse.Namespace) -> int:
     """Makes tables, plots and pages from the folder of ``--results``."""
     from finetuning.comparison.report import write_report  # matplotlib takes a second to import
 
-    results, pages = options.usual
+    repository: Repository = options.repository
+    pages = repository.pages if options.results.resolve() == repository.results.resolve() else ()
     if options.pages is not None:
         pages = options.pages
-    elif options.results.resolve() != results.resolve():
-        pages = ()
     try:
-        print(write_report(options.results, pages))
+        print(write_report(replace(repository, results=options.results, pages=pages)))
     except OSError as error:
         raise UserError(first_line(error, name_file=True)) from None
     return 0

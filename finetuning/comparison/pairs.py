@@ -51,6 +51,9 @@ class Comparison:
         return f"{self.first if self.difference.mean > 0 else self.second} is better"
 
 
+Compared = Mapping[str, Sequence[Comparison]]  # study -> all pairs of its rows
+
+
 def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparison], list[str]]:
     """Compares every pair of rows whose test predictions were kept, and gives notes about the other rows.
 

@@ -8,7 +8,6 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -64,13 +63,6 @@ def draw_plots(study: Study) -> list[Plot]:
         rank_alpha_plot(study),
     )
     return [plot for plot in drawn if plot is not None]
-
-
-def draw_readme_plot(study: Study, rows: Sequence[str], file: str) -> Plot | None:
-    """Test accuracy against training time of some rows, for README; ``None`` if fewer than two have a time."""
-    shown = replace(study, runs=tuple(run for run in study.runs if run.row in rows))
-    title = "Test accuracy against training time"
-    return cost_plot(shown, file, "train_seconds", "training time", ("minutes", 60), title)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Collected runs -> the report, that is what ``python compare_methods.py report`` writes.
 
-The report is made only from the run files in ``results/`` and the suite's defaults, and the same files give the same
-bytes. Each study gets ``table.md`` and plots. All studies together get ``summary.json``, with each row in numbers,
-``report.html``, README's picture of ``earlier_work``, and the tables between markers in README and ``docs/``. Plots of
-studies and ``report.html`` are not committed.
+The report is made only from the run files in the results, and from what the ``Repository`` adds for its own pages. The
+same files give the same bytes. Each study gets ``table.md`` and plots. All studies together get ``summary.json``, with
+each row in numbers, ``report.html``, and the tables between markers in pages. Plots of studies and ``report.html`` are
+not committed.
 """
 
 import json
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from finetuning.comparison import decisions, unequal
-from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import DRAW, OVER_SETS, grid_of, headlines, over_sets
 from finetuning.comparison.page import Plot, Section, render_page
@@ -29,60 +27,45 @@ from finetuning.comparison.pairs import (
     pooled_sentences,
     worth_showing,
 )
-from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
+from finetuning.comparison.plots import FILES, draw_plots
 from finetuning.comparison.rates import rates_table
+from finetuning.comparison.repository import Repository
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
-from finetuning.comparison.tables import answer_table, comparison_table, main_table, notes, short_table, tuning_table
-from finetuning.config import RunConfig
+from finetuning.comparison.tables import (
+    answer_table,
+    comparison_table,
+    main_table,
+    notes,
+    short_table,
+    studies_table,
+    tuning_table,
+)
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, page_with_tables
-from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
+from finetuning.pages import measured, page_with_tables
 from finetuning.storage import write_bytes
 
-DEFAULT_RATES = "default_learning_rates"  # the name of the table of default learning rates, in its markers
-DEFAULTS = "default_settings"  # the same for other defaults, with these flags and what each is
-DEFAULT_FLAGS = {
-    "max_length": "longest text, in tokens",
-    "truncation": "part of a longer text that is kept",
-    "batch_tokens": "largest batch, in tokens with padding",
-    "batch_size": "largest batch, in texts",
-    "epochs": "passes over the training texts",
-    "optimizer": "optimizer",
-    "scheduler": "learning-rate schedule",
-    "warmup_fraction": "share of all steps in which the rate rises",
-    "learning_rate": "largest learning rate, here of LoRA with AdamW",
-    "lora_r": "rank of LoRA",
-    "lora_alpha": "alpha of LoRA",
-    "lora_dropout": "dropout on the input of LoRA",
-    "dropout": "dropout in the encoder and the head",
-    "weight_decay": "weight decay (0 with other optimizers)",
-    "gradient_clip": "largest norm of the gradient",
-}
+ALL_STUDIES = "studies"  # the name of the table of all studies, in its markers
 WIDTH = 150  # of a line of text on a page
 SHORT = "_short"  # what the name of a study's short table ends with
 ROWS = "_rows"  # and the one of its table without commands
 SETS = "_sets"  # and the one of its tables over data sets
-README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
 
-def write_report(results: Path, pages: Sequence[Path]) -> Path:
+def write_report(repository: Repository) -> Path:
     """Makes the report, writes it and returns its HTML page; a refused input leaves every file as it was.
-
-    Args:
-        results: the folder with STUDY/runs.json, in which tables and plots are written as well.
-        pages: Markdown files with markers; the tables between the markers are renewed.
 
     Raises:
         UserError: a folder or file is missing or cannot be read.
     """
+    results = repository.results
     if not results.is_dir():
         raise UserError(f"--results {results}: must be a folder with STUDY/runs.json")
     if not study_names(results):
         raise UserError(f"--results {results}: has no STUDY/runs.json: collect a study there first")
-    for page in pages:
+    for page in repository.pages:
         if not page.is_file():
             raise UserError(f"--pages {page}: must be a Markdown file")
-    report = build_report(results, pages)
+    report = build_report(repository)
     for path, plot in report.plots.items():
         if plot is None:
             path.unlink(missing_ok=True)
@@ -104,22 +87,15 @@ class Report:
     sections: list[Section]  # of the HTML page
 
 
-def build_report(results: Path, pages: Sequence[Path]) -> Report:
-    """Everything of the report; writes nothing.
-
-    Args:
-        results: holds a folder for each study.
-        pages: Markdown files with markers.
-    """
+def build_report(repository: Repository) -> Report:
+    """Everything of the report; writes nothing."""
+    results = repository.results
     studies = [read_study(name, results) for name in study_names(results)]
     compared = {study.name: compare_rows(study) for study in studies}
     sections = [make_section(study, *compared[study.name]) for study in studies]
     texts: dict[Path, str] = {}
-    plots: dict[Path, Plot | None] = {results / README_PLOT: None}
-    tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
-    by_name = {study.name: study for study in studies}
-    tables[decisions.NAME] = decisions.decisions_table(by_name)
-    tables[unequal.NAME] = unequal.unequal_table(by_name)
+    plots = {results / name: plot for name, plot in repository.plots(studies).items()}
+    tables: dict[str, str] = {}
     for study, section in zip(studies, sections, strict=True):
         folder = results / study.name
         plots |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))
@@ -132,14 +108,16 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
         tables[study.name + ROWS] = "\n\n".join(parts)
         tables[study.name + SETS] = f"{sets_text(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
-        if study.name == README_STUDY:
-            plots[results / README_PLOT] = draw_readme_plot(study, README_ROWS, README_PLOT)
     rows = [json.dumps(record, allow_nan=False) for study in studies for record in study.records]
     texts[results / "summary.json"] = "[\n" + ",\n".join(rows) + "\n]\n"
     pairs = {name: comparisons for name, (comparisons, _) in compared.items()}
-    for page in pages:
-        advice = advice_tables(studies, pairs, os.path.relpath(results, page.parent))
-        texts[page] = page_with_tables(page, advice | tables)
+    links = {page: os.path.relpath(results, page.parent) for page in repository.pages}
+    linked = {
+        link: {ALL_STUDIES: studies_table(studies, link)} | repository.tables(studies, pairs, link)
+        for link in set(links.values())
+    }
+    for page, link in links.items():
+        texts[page] = page_with_tables(page, linked[link] | tables)
     return Report(texts, plots, sections)
 
 
@@ -219,22 +197,3 @@ def part_done(study: Study, on_sets: bool = False) -> str:
 def row_of(run: str) -> str:
     """The row of a final run, by its name; draws of the training texts are of one row."""
     return DRAW.sub("", re.sub(r"-seed\d+$", "", run))
-
-
-def defaults_table() -> str:
-    """Defaults of a run with LoRA as a Markdown table."""
-    settings = RunConfig.from_settings().to_dict()
-    shown = {name: FLAGS[name].shown if settings[name] is None else _plain(settings[name]) for name in DEFAULT_FLAGS}
-    rows = [(f"--{name}", shown[name], what) for name, what in DEFAULT_FLAGS.items()]
-    return Table(("flag", "default", "what it is"), rows, code=("flag",)).markdown()
-
-
-def _plain(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def default_rates_table() -> str:
-    """The suite's default peak learning rates as a Markdown table."""
-    methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
-    rows = [(method, *(f"{DEFAULT_LEARNING_RATES[method, name]:g}" for name in optimizers)) for method in methods]
-    return Table(("", *(f"`{name}`" for name in optimizers)), rows, code=("",)).markdown()

@@ -1,6 +1,6 @@
 """A study's rows -> tables as Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -9,7 +9,7 @@ from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.statistics import p_text
 from finetuning.comparison.unequal import has_rare_class
-from finetuning.pages import Table
+from finetuning.pages import Table, dated
 from finetuning.runs.records import accuracy_interval
 
 GIB = 2**30
@@ -20,6 +20,7 @@ REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
     "training, processor s",  # of runs that share a machine too
     "peak memory, GiB",
 )
+MOST_VALUES = 4  # in a cell of the table of studies
 NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
 OF_VALIDATION = ("dataset", "data_dir", "agreement", "split", "limit_validation")  # what decides which texts validate
 NAMED = 12  # largest number of names in a note
@@ -102,6 +103,34 @@ def short_table(study: Study) -> Table:
             for r in study.records
         ],
     )  # fmt: skip
+
+
+def studies_table(studies: Sequence[Study], link: str) -> str:
+    """Each study: the size of its data, its rows that did more than tune, and their runs."""
+    columns = ("training texts", "validation texts", "test texts", "tokens", "epochs", "rows", "seeds a row")
+    cells, environments = [], []
+    for study in studies:
+        runs = [run for run in study.final if run.finished]
+        sizes = [_values(run.get("data", "sizes", split) for run in runs) for split in ("train", "validation")]
+        limits = [_values(run.get("config", key) for run in runs) for key in ("max_length", "epochs")]
+        seeds = _values(len(row.tested) or None for row in study.rows)
+        tests = _values(run.get("test", "examples") for run in runs)
+        cells.append(
+            (study_link(study, link), *sizes, tests, *limits, str(sum(bool(row.runs) for row in study.rows)), seeds)
+        )
+        environments += [run.environment for run in runs]
+    return dated(Table(("study", *columns), cells), environments)
+
+
+def study_link(study: Study, link: str) -> str:
+    """A study's name as a link to its full table; ``link`` is the way from the page to the results folder."""
+    return f"[{study.name}]({link}/{study.name}/table.md)"
+
+
+def _values(values: Iterable[Any]) -> str:
+    """Different values in rising order: ``3,869; 5,000``; of more than four, the ends: ``483 to 2,000``."""
+    found = [f"{value:,}" for value in sorted({value for value in values if value is not None})]
+    return f"{found[0]} to {found[-1]}" if len(found) > MOST_VALUES else "; ".join(found)
 
 
 def answer_table(study: Study, answers: Sequence[Answer]) -> Table:

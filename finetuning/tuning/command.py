@@ -13,6 +13,7 @@ from typing import Any
 
 from finetuning.comparison.command import Add, add_studies, script
 from finetuning.comparison.execution import StopSignals
+from finetuning.comparison.repository import Repository
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, as_user_error, exit_status, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
@@ -41,23 +42,22 @@ from finetuning.tuning.space import make_space, space_table
 STARTED = time.time()  # the budget includes the imports
 MOST = 10**7  # minutes (nineteen years), trials, jobs or seeds
 
-RESULTS = Path("results")
+INSTALLED = Repository()  # by pip: without pages of its own
 DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
 OWN = ("output_dir", "resume", "overwrite", "report", "baseline", "verbose")  # tune has or sets these itself
 TEXT = "Search for the best settings for your texts, in minutes or trials. Flags of a run that you give stay fixed."
 
 
-def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequence[Path] = ()) -> int:
+def main(argv: Sequence[str] | None = None, repository: Repository = INSTALLED) -> int:
     """The command with all subcommands. Returns the exit status.
 
     Args:
         argv: the flags; ``None`` takes them from ``sys.argv``.
-        results: the default folder of the report.
-        pages: the default pages of a report from this folder.
+        repository: the default results of the report, and what else a report from these results fills.
     """
     settle_process()
     be_nobodys_task()
-    return exit_status(lambda: command(argv, make_parser(results, pages)))
+    return exit_status(lambda: command(argv, make_parser(repository)))
 
 
 @interruptible()
@@ -70,7 +70,7 @@ def command(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
     return status
 
 
-def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse.ArgumentParser:
+def make_parser(repository: Repository = INSTALLED) -> argparse.ArgumentParser:
     """The parser of all subcommands. Arguments as in ``main``."""
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
@@ -80,7 +80,7 @@ def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse
         added.set_defaults(parser=added, execute=execute)
         return added
 
-    add_studies(add, results, pages)
+    add_studies(add, repository)
     add_tune(add)
     return parser
 

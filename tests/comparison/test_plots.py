@@ -10,7 +10,7 @@ from finetuning.comparison import plots
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import change_records
 from finetuning.comparison.page import Plot
-from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, draw_plots, draw_readme_plot
+from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, draw_plots
 from tests.synthetic_runs import made_run, outcomes, write_run
 
 
@@ -67,17 +67,6 @@ def test_more_rows_than_can_be_told_apart_are_the_front_and_the_best(
     (plot,) = (plot for plot in drawn(tmp_path).values() if plot.file == "accuracy_parameters.png")
     assert labels == ["best", "second", "small"]
     assert plot.caption.endswith(" Shown: 3 of 5 rows, the front and the best on the test.")
-
-
-def test_the_plot_of_readme_has_only_the_rows_asked_for(tmp_path: Path) -> None:
-    for k, name in enumerate(["lora", "full", "adam"]):
-        write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, k))
-    study = read_study("s", tmp_path)
-    plot = draw_readme_plot(study, ("lora", "full"), "x.png")
-    assert plot is not None
-    assert plot.file == "x.png"
-    assert plot.png != getattr(draw_readme_plot(study, ("lora", "full", "adam"), "x.png"), "png", None)
-    assert draw_readme_plot(study, ("lora",), "x.png") is None
 
 
 def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

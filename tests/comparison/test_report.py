@@ -2,16 +2,18 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from compare_methods import BEST_PRACTICES, EVIDENCE, GUIDE, PAGES, README, RESULTS, SPEED, main
+from compare_methods import BEST_PRACTICES, EVIDENCE, GUIDE, README, REPOSITORY, RESULTS, SPEED, main
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.page import Plot
 from finetuning.comparison.pairs import method_of
-from finetuning.comparison.report import README_PLOT, Report, build_report, default_rates_table, part_done
+from finetuning.comparison.report import Report, build_report, part_done
+from studies.pages import README_PLOT, default_rates_table
 from tests.common import contents
 from tests.synthetic_runs import outcomes, write_run
 
@@ -51,7 +53,7 @@ def report(results: Path) -> int:
 @pytest.fixture(scope="module")
 def committed() -> Report:
     """What the committed runs give."""
-    return build_report(RESULTS, PAGES)
+    return build_report(REPOSITORY)
 
 
 @pytest.mark.xdist_group("committed")  # in one process: the report is built once
@@ -191,10 +193,10 @@ def test_other_results_renew_no_page_of_the_suite(
 ) -> None:
     page = results.parent / "README.md"
     monkeypatch.setattr(Plot, "png", b"")  # drawing takes long
-    monkeypatch.setattr("compare_methods.PAGES", (page,))
+    monkeypatch.setattr("compare_methods.REPOSITORY", replace(REPOSITORY, pages=(page,)))
     assert main(["report", "--results", str(results)]) == 0
     assert page.read_text() == MARKED
-    monkeypatch.setattr("compare_methods.RESULTS", results)
+    monkeypatch.setattr("compare_methods.REPOSITORY", replace(REPOSITORY, results=results, pages=(page,)))
     assert main(["report", "--results", str(results)]) == 0
     assert page.read_text() != MARKED
     assert main(["report", "--result", str(results)]) == 2

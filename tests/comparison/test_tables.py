@@ -10,10 +10,10 @@ from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.packed import change_records, read_records
 from finetuning.comparison.pairs import answers, compare_rows
 from finetuning.comparison.plan import shown_command
-from finetuning.comparison.tables import answer_table, main_table, notes, short_table, tuning_table
+from finetuning.comparison.tables import answer_table, main_table, notes, short_table, studies_table, tuning_table
 from finetuning.config import RunConfig
 from finetuning.flags import from_flags
-from tests.synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import outcomes, two_studies, write_run
 
 
 def cells(study: Study) -> dict[str, dict[str, str]]:
@@ -236,3 +236,14 @@ def test_the_answer_is_the_best_row_with_its_cost_and_how_sure_it_is(tmp_path: P
     write_run(tmp_path, "untested", "lora")
     rows = [answer_table(read_study(name, tmp_path), []).rows for name in ("alone", "untested")]
     assert rows == [[("lora", "90.00", "100", "1.00", "not compared")], []]
+
+
+def test_all_studies(tmp_path: Path) -> None:
+    *lines, empty, measured = studies_table(two_studies(tmp_path), "../results").splitlines()
+    assert (empty, measured) == ("", "*Measured: not recorded. Code: commit c0ffee.*")
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert head[-2:] == ["rows", "seeds a row"]
+    assert [(row[0], row[3], *row[-2:]) for row in rows] == [
+        ("[a](../results/a/table.md)", "1,000", "2", "1; 2"),
+        ("[b](../results/b/table.md)", "500", "2", "1"),
+    ]

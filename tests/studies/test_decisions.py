@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetuning.comparison import decisions
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.decisions import COLUMNS, Decision, decisions_table, how_sure, typical
 from finetuning.comparison.over_sets import ROPE
 from finetuning.comparison.packed import change_records
 from finetuning.comparison.statistics import bayesian_signed_rank
+from studies import decisions
+from studies.decisions import COLUMNS, Decision, decisions_table, how_sure, typical
 from tests.synthetic_runs import made_run, write_run
 
 DECISION = Decision("`--flag`", "s", "b", "a")

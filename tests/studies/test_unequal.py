@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.unequal import COLUMNS, METHOD, STUDY, unequal_table
+from studies.unequal import COLUMNS, METHOD, STUDY, unequal_table
 from tests.synthetic_runs import write_run
 
 

@@ -1,4 +1,4 @@
-"""Small tables in a page; and best_practices.md and evidence.md: no number in their text that the runs do not give."""
+"""Tables of rows; and best_practices.md and evidence.md: no number in their text that the runs do not give."""
 
 import json
 import re
@@ -16,41 +16,23 @@ from benchmarks import harness
 from benchmarks.budget import FROZEN
 from benchmarks.tune import PARTS
 from compare_methods import BEST_PRACTICES, DATA_SETS, EVIDENCE, RESULTS, ROOT
-from finetuning.comparison import advice, decisions
-from finetuning.comparison.advice import (
-    ALL_STUDIES,
-    COLUMNS,
-    TABLES,
-    Block,
-    advice_tables,
-    rows_table,
-    shown_p,
-    studies_table,
-)
 from finetuning.comparison.baselines import NAME
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import ROPE, SECONDS, grid_of, mean_of_sets
 from finetuning.comparison.pairs import compare_rows
+from finetuning.comparison.report import ALL_STUDIES
 from finetuning.comparison.statistics import LEVEL, interval_over_sets
 from finetuning.flags import from_flags
 from finetuning.settings import DEFAULT_LEARNING_RATES
 from finetuning.storage import read_json
-from tests.synthetic_runs import outcomes, write_run
+from studies import decisions, evidence
+from studies.evidence import COLUMNS, TABLES, Block, evidence_tables, rows_table, shown_p
+from tests.synthetic_runs import two_studies
 
 
 @pytest.fixture
 def found(tmp_path: Path) -> list[Study]:
-    """Study a: x (two seeds) and y (one, and slower); study b: x, and broken, which failed."""
-    for seed in range(2):
-        write_run(tmp_path, "a", "x", seed=seed, correct=outcomes(0.90 + 0.01 * seed, 1000, seed))
-    write_run(
-        tmp_path, "a", "y", correct=outcomes(0.5, 1000, 9), train={"seconds": 2000.4},
-        files={"adapter_model.safetensors": 1_932_152, "last.ckpt": 9_000_000},
-    )  # fmt: skip
-    write_run(tmp_path, "b", "x", correct=outcomes(0.8, 500, 3), environment={"alone": False})
-    write_run(tmp_path, "b", "broken", status="failed")
-    write_run(tmp_path, "b", "tried", stage="tune", axes={"learning_rate": 0.1}, validation=0.5)
-    return [read_study(name, tmp_path) for name in study_names(tmp_path)]
+    return two_studies(tmp_path)
 
 
 def made(found: list[Study], *blocks: Block, columns: Sequence[str] = ()) -> list[list[str]]:
@@ -94,24 +76,16 @@ def test_a_reference_for_each_block(found: list[Study]) -> None:
     assert "corrected p" not in head
 
 
-def test_all_studies(found: list[Study]) -> None:
-    head, _, *rows = cells(studies_table(found, "../results"))
-    assert head[-2:] == ["rows", "seeds a row"]
-    assert [(row[0], row[3], *row[-2:]) for row in rows] == [
-        ("[a](../results/a/table.md)", "1,000", "2", "1; 2"),
-        ("[b](../results/b/table.md)", "500", "2", "1"),
-    ]
-
-
 def test_a_table_needs_all_of_its_studies_and_rows(found: list[Study], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(advice_tables(found, {}, "..")) == {"studies"}
+    studies = {each.name: each for each in found}
+    assert evidence_tables(studies, {}, "..") == {}
     tables: dict[str, tuple[tuple[str, ...], tuple[Block, ...]]] = {"one": ((), (("a", "x"), ("c", "x")))}
-    monkeypatch.setattr(advice, "TABLES", tables)
-    assert set(advice_tables(found, {}, "..")) == {"studies"}
+    monkeypatch.setattr(evidence, "TABLES", tables)
+    assert evidence_tables(studies, {}, "..") == {}
     tables["two"] = (), (("a", "x"),)
-    assert set(advice_tables(found, {"a": []}, "..")) == {"studies", "two"}
+    assert set(evidence_tables(studies, {"a": []}, "..")) == {"two"}
     tables["three"] = (), (("a", "x z"),)
-    assert set(advice_tables(found, {"a": []}, "..")) == {"studies", "two"}
+    assert set(evidence_tables(studies, {"a": []}, "..")) == {"two"}
 
 
 def test_differences_are_from_the_reference(found: list[Study]) -> None:

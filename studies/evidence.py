@@ -3,13 +3,13 @@
 ``TABLES`` names the rows of each table. On a page, a table stands between the markers of its name, like all others.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from finetuning.comparison.collected import Row, Study
-from finetuning.comparison.pairs import Comparison
+from finetuning.comparison.pairs import Compared
 from finetuning.comparison.statistics import p_text
-from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, shown
+from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, shown, study_link
 from finetuning.pages import Table, dated
 
 Block = tuple[str, str]  # a study, and names of its rows; the first row is the reference of the others
@@ -85,35 +85,32 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Block, ...]]] = {  # name -> extr
         ("macro F1", "learning rate"), (("datasets", "financial-lora financial-selective financial-full"),)
     ),
 }  # fmt: skip
-ALL_STUDIES = "studies"  # the name of the table of all studies
 SAVED = ("adapter_model.safetensors", "trained_weights.safetensors")  # what a run keeps of its training
 REFERENCE = "(reference)"
 SMALLEST_P = 0.001  # below it, digits would only distract
-MOST_VALUES = 4  # in a cell of the table of studies
-Compared = Mapping[str, Sequence[Comparison]]  # study -> all pairs of its rows
 Cell = Callable[[dict[str, Any], dict[str, Any], Row], str]  # from a row's record, and the one of its reference
 
 
-def advice_tables(studies: Sequence[Study], compared: Compared, link: str) -> dict[str, str]:
-    """The table of all studies, and the tables of ``TABLES`` whose rows were all collected: name -> Markdown.
+def evidence_tables(studies: Mapping[str, Study], compared: Compared, link: str) -> dict[str, str]:
+    """The tables of ``TABLES`` whose rows were all collected: name -> Markdown.
 
     Args:
+        studies: by their names.
         compared: the pairs of each study's rows.
         link: the way from the page to the results folder, for links to each study's full table.
     """
-    found = {study.name: study for study in studies}
-    rows = {(study.name, row.name) for study in studies for row in study.rows}
-    tables = {ALL_STUDIES: studies_table(studies, link)}
-    for name, (columns, blocks) in TABLES.items():
-        if rows >= {(study, name) for study, names in blocks for name in names.split()}:
-            tables[name] = rows_table(found, compared, blocks, columns, link)
-    return tables
+    rows = {(study.name, row.name) for study in studies.values() for row in study.rows}
+    return {
+        name: rows_table(studies, compared, blocks, columns, link)
+        for name, (columns, blocks) in TABLES.items()
+        if rows >= {(study, name) for study, names in blocks for name in names.split()}
+    }
 
 
 def rows_table(
     studies: Mapping[str, Study], compared: Compared, blocks: Sequence[Block], columns: Sequence[str], link: str
 ) -> str:
-    """The rows of the blocks in this order, with extra columns (keys of ``COLUMNS``); see ``advice_tables``."""
+    """The rows of the blocks in this order, with extra columns (keys of ``COLUMNS``); see ``evidence_tables``."""
     names = ["test accuracy, %", *columns, "seeds", "training, s", "peak memory, GiB"]
     cells, environments = [], []
     for study_name, row_names in blocks:
@@ -126,43 +123,16 @@ def rows_table(
         reference = numbers[first]
         for name in own:
             made = (COLUMNS[column](numbers[name], reference, known[name]) for column in names)
-            cells.append((_link(study, link), name, *made, p_values[name]))
+            cells.append((study_link(study, link), name, *made, p_values[name]))
             environments += [run.environment for run in known[name].finished]
     titles = [TITLES.get(name, name) for name in names]
     table = Table(("study", "row", *titles, "corrected p"), cells).without_empty_columns()
     return dated(table, environments)
 
 
-def studies_table(studies: Sequence[Study], link: str) -> str:
-    """Each study: the size of its data, its rows that did more than tune, and their runs."""
-    columns = ("training texts", "validation texts", "test texts", "tokens", "epochs", "rows", "seeds a row")
-    cells, environments = [], []
-    for study in studies:
-        runs = [run for run in study.final if run.finished]
-        sizes = [_values(run.get("data", "sizes", split) for run in runs) for split in ("train", "validation")]
-        limits = [_values(run.get("config", key) for run in runs) for key in ("max_length", "epochs")]
-        seeds = _values(len(row.tested) or None for row in study.rows)
-        tests = _values(run.get("test", "examples") for run in runs)
-        cells.append(
-            (_link(study, link), *sizes, tests, *limits, str(sum(bool(row.runs) for row in study.rows)), seeds)
-        )
-        environments += [run.environment for run in runs]
-    return dated(Table(("study", *columns), cells), environments)
-
-
-def _link(study: Study, link: str) -> str:
-    return f"[{study.name}]({link}/{study.name}/table.md)"
-
-
 def shown_p(p: float) -> str:
     """A p value to two digits; one that is far below every level as a bound."""
     return f"< {SMALLEST_P:g}" if p < SMALLEST_P else p_text(p)
-
-
-def _values(values: Iterable[Any]) -> str:
-    """Different values in rising order: ``3,869; 5,000``; of more than four, the ends: ``483 to 2,000``."""
-    found = [f"{value:,}" for value in sorted({value for value in values if value is not None})]
-    return f"{found[0]} to {found[-1]}" if len(found) > MOST_VALUES else "; ".join(found)
 
 
 def _difference(key: str, form: str, factor: float) -> Cell:
