@@ -109,12 +109,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="number of splits (default: 10)")
     options = parser.parse_args(argv)
     harness.require_positive(options, "seeds")
-    sets = SETS if options.sets is None else options.sets.split(",")
-    for name in sets:
-        if name not in SETS:
-            raise UserError(f"--sets {name}: must be one of {', '.join(SETS)}")
-        if not (options.data_dir / name).is_dir():
-            raise UserError(f"--data_dir {options.data_dir}: has no folder {name}")
+    sets = harness.chosen_sets(options, SETS)
     journal = harness.start_journal("abstain", options, {}, show=record_line)
     for name in sets:
         for seed in range(options.seeds):

@@ -266,12 +266,7 @@ def chosen(options: argparse.Namespace) -> list[Measurement]:
         UserError: a data set is not in the plan or not in ``--data_dir``, or a seed is not a whole number.
     """
     works = {work.name: work for work in (QUICK if options.quick else PLAN)}
-    names = options.sets.split(",") if options.sets else list(works)
-    for name in names:
-        if name not in works:
-            raise UserError(f"--sets {name}: must be one of {', '.join(works)}")
-        if not (options.data_dir / name).is_dir():
-            raise UserError(f"--data_dir {options.data_dir}: has no folder {name}")
+    names = harness.chosen_sets(options, works)
     try:
         seeds = [int(word) for word in options.seeds.split(",")] if options.seeds else None
     except ValueError:

@@ -7,7 +7,6 @@ but for rounding. PiSSA's singular values are computed in fp64 in PEFT as well: 
 """
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks.harness import Record
 from benchmarks.peft_model import no_dropout, with_peft
-from benchmarks.workload import ALPHA, LABELS, RANK, TARGETS, Job, prepare
+from benchmarks.workload import ALPHA, LABELS, RANK, TARGETS, Job, prepared
 from finetuning.models.lora import lora_modules, merge_lora
 from finetuning.runs.weights import peft_name
 from finetuning.training.optimization import make_optimizer
@@ -41,9 +40,8 @@ NOT_IN_FILES = re.compile(r"(?<=vector)\.default\.weight|\.(modules_to_save|defa
 
 def differences() -> list[Record]:
     """For each variant that PEFT has: the largest relative differences of logits, gradients and merged weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), ["minilm"], [])
-        return [{"variant": name, **_difference(name, Path(folder))} for name in IN_PEFT]
+    with prepared(["minilm"], []) as folder:
+        return [{"variant": name, **_difference(name, folder)} for name in IN_PEFT]
 
 
 def _difference(variant: str, folder: Path) -> dict[str, float]:

@@ -48,10 +48,7 @@ def table(result: Record) -> str:
         ratios = (str(row[key] or "") for key in RATIOS)
         precision = PRECISIONS[row["ours"]] + (FAILED if row["errors"] else "")
         rows.append((place(*row["work"]), precision, *ratios, ", ".join(rates), parameters))
-    conditions = (
-        f"{harness.machine(result['environment'], 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
-    )
-    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), [result['environment']])}"
+    return f"{harness.conditions(result)}\n\n{dated(Table(COLUMNS, rows), [result['environment']])}"
 
 
 @harness.as_main

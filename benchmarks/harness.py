@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,17 @@ def require_positive(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name} {value}: must be above 0")
+
+
+def chosen_sets(options: argparse.Namespace, known: Collection[str]) -> list[str]:
+    """The data sets of ``--sets``, by default all that are known; refused if one is not, or not in ``--data_dir``."""
+    names = list(known) if options.sets is None else options.sets.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--sets {name}: must be one of {', '.join(known)}")
+        if not (options.data_dir / name).is_dir():
+            raise UserError(f"--data_dir {options.data_dir}: has no folder {name}")
+    return names
 
 
 Main = Callable[[Sequence[str] | None], int]
@@ -221,6 +232,11 @@ def machine(environment: Record, *packages: str) -> str:
     """``A CPU, 2 threads; torch 2.13, peft 0.21``."""
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in packages)
     return f"{environment['cpu']}, {environment['threads']} threads" + (f"; {versions}" if packages else "")
+
+
+def conditions(result: Record) -> str:
+    """``A CPU, 2 threads; torch 2.13; 3 rounds.``, and how many measurements were not alone."""
+    return f"{machine(result['environment'], 'torch')}; {result['rounds']} rounds.{not_alone(result['measurements'])}"
 
 
 def not_alone(records: Iterable[Record]) -> str:

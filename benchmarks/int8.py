@@ -5,7 +5,6 @@ batches of the same texts. A ratio is from two measurements of the same round.
 """
 
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.harness import Record
 from benchmarks.peers import fastest_settings, place
-from benchmarks.workload import Job, prepare, read_split, sample, some_batches
+from benchmarks.workload import Job, prepared, read_split, sample, some_batches
 from finetuning.errors import UserError
 from finetuning.pages import Table, dated
 from finetuning.processor import VARIABLE, instructions, limit_libraries
@@ -118,7 +117,7 @@ def table(result: Record) -> str:
                 *(str(share or "") for share in shares),
             )
         )
-    conditions = f"{harness.machine(environment, 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
+    conditions = harness.conditions(result)
     # without instructions of its own, a work is possible wherever the measurement is
     if missing := [WITHOUT_INT8[w.processor] for w in PLAN if w.processor and asdict(w) not in result["works"]]:
         conditions += f"\nNot measured: {'; '.join(missing)}."
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: 5)")
     parser.add_argument("--number", type=int, metavar="N", help="measure work N in this process and print its JSON")
-    parser.add_argument("--folder", type=Path, help="prepared models and tokens (default: made for this call)")
+    parser.add_argument("--folder", type=Path, help="for --number: prepared models and tokens")
     options = parser.parse_args(argv)
     if options.number is not None:
         limit_libraries()
@@ -150,12 +149,11 @@ def main(argv: Sequence[str] | None) -> int:
     works, rounds = (PLAN[:1], 1) if options.quick else (possible(), options.rounds)
     conditions = {"environment": environment_record(), "rounds": rounds, "works": [asdict(work) for work in works]}
     journal = harness.start_journal("int8", options, conditions)
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), {work.model for work in works}, {work.max_length for work in works})
+    with prepared({work.model for work in works}, {work.max_length for work in works}) as folder:
         for work in works:
             if journal.find(work=asdict(work)) is None:
                 number = str(PLAN.index(work))
-                words = ["benchmarks.int8", "--number", number, "--rounds", str(rounds), "--folder", folder]
+                words = ["benchmarks.int8", "--number", number, "--rounds", str(rounds), "--folder", str(folder)]
                 records = harness.measured_in_process(words, show=True, **{VARIABLE: work.processor})
                 if "error" in records:
                     raise UserError(f"{work}: the measurement failed")

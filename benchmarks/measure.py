@@ -6,9 +6,9 @@ With ``--choose`` it finds the best settings of a tuned peer instead. ``peers.py
 import gc
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
@@ -21,7 +21,7 @@ import torch
 from benchmarks import harness
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
 from benchmarks.harness import Record
-from benchmarks.workload import Job, attentions, prepare, read_split, sample, some_batches
+from benchmarks.workload import Job, attentions, prepared, read_split, sample, some_batches
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.runs.measurements import forget_peak, peak_memory, processor_seconds, was_alone
@@ -196,10 +196,8 @@ def main(argv: Sequence[str] | None) -> int:
     job = Job(**{field.name: getattr(arguments, field.name) for field in fields(Job)})
 
     def record() -> Record:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = arguments.folder or Path(temporary)
-            if arguments.folder is None:
-                prepare(folder, [job.model], [job.max_length])
+        given = arguments.folder and nullcontext(arguments.folder)
+        with given or prepared([job.model], [job.max_length]) as folder:
             return choose(job, folder) if arguments.choose else measure(job, folder, arguments.seconds)
 
     return harness.answer(record)

@@ -8,7 +8,6 @@ value.
 import argparse
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Record
-from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
+from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepared
 from compare_methods import README
 from finetuning.errors import UserError
 from finetuning.pages import Table, dated, renew_tables
@@ -146,9 +145,7 @@ def measure_in_processes(
         works, repeats, tune, journal: as in ``measure_all``.
         seconds: training time of one measurement.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder, {work.model for work in works}, {work.max_length for work in works})
+    with prepared({work.model for work in works}, {work.max_length for work in works}) as folder:
         measure_all(works, repeats, partial(measure_one, folder=folder, seconds=seconds), tune, journal)
 
 

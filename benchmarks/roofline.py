@@ -11,7 +11,6 @@ import contextlib
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.harness import Record
 from benchmarks.peers import place
-from benchmarks.workload import RANK, TARGETS, Job, prepare, read_split, some_batches
+from benchmarks.workload import RANK, TARGETS, Job, prepared, read_split, some_batches
 from finetuning.models.int8 import ROWS_AT_ONCE
 from finetuning.models.int8_products import multiply, refused
 from finetuning.pages import Table, dated
@@ -220,9 +219,8 @@ def main(argv: Sequence[str] | None) -> int:
     works = PLAN[1:2] if arguments.quick else [job for job in PLAN if job.precision != "int8" or refused() is None]
     conditions = {"environment": environment_record(), "formulas": FORMULAS}
     journal = harness.start_journal("roofline", arguments, conditions, show=record_line)
-    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        folder = Path(temporary)
-        prepare(folder, {job.model for job in works}, {job.max_length for job in works})
+    models, lengths = {job.model for job in works}, {job.max_length for job in works}
+    with contextlib.redirect_stdout(sys.stderr), prepared(models, lengths) as folder:
         for job in works[len(journal.records) :]:
             journal.keep(measure(job, folder, steps=8 if arguments.quick else 24))
     harness.publish("roofline", journal, table, partly=arguments.quick)

@@ -7,15 +7,13 @@ docs/speed.md.
 
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.equality import differences
 from benchmarks.harness import Record
-from benchmarks.workload import VARIANTS, prepare
+from benchmarks.workload import VARIANTS, prepared
 from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 
@@ -43,9 +41,7 @@ def table(result: Record) -> str:
         rate, peak = (statistics.median(r[key] for r in own) for key in ("train_tokens_per_second", "peak_bytes"))
         values = (f"{rate:,.0f}", f"{peak / 2**20:,.0f}", f"{own[0]['trainable_parameters']:,}")
         rows.append((name, flags[name], str(slower or ""), str(memory or ""), *values))
-    machine = harness.machine(result["environment"], "torch")
-    conditions = f"{machine}; {result['rounds']} rounds.{harness.not_alone(records)}"
-    return f"{conditions}\n\n{dated(Table(COLUMNS, rows, code=('flags',)), [result['environment']])}"
+    return f"{harness.conditions(result)}\n\n{dated(Table(COLUMNS, rows, code=('flags',)), [result['environment']])}"
 
 
 def equality_table(result: Record) -> str:
@@ -71,10 +67,9 @@ def main(argv: Sequence[str] | None) -> int:
         harness.publish("variants_equality", journal, equality_table, partly=False)
         return 0
     journal = harness.start_journal("variants", options, conditions | {"rounds": options.rounds}, show=record_line)
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), [MODEL], [LENGTH])
-        words = ["benchmarks.measure", "suite", "--targets", "all", "--max_length", str(LENGTH), "--folder", folder]
-        words += ["--model", MODEL, "--seconds", str(options.seconds)]
+    with prepared([MODEL], [LENGTH]) as folder:
+        words = ["benchmarks.measure", "suite", "--targets", "all", "--max_length", str(LENGTH), "--model", MODEL]
+        words += ["--folder", str(folder), "--seconds", str(options.seconds)]
         for number in range(options.rounds):
             for name in VARIANTS:
                 asked = [*words, "--variant", name]

@@ -3,7 +3,9 @@
 Both are written once into a folder, so that every contestant's process starts from the same bytes.
 """
 
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +112,14 @@ def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None
         splits = tokenize(load_texts(config.data, offline=True), tokenizer, config.data, test=False)
         for name, split in splits.items():
             save_split(folder, name, max_length, split)
+
+
+@contextmanager
+def prepared(models: Iterable[str], lengths: Iterable[int]) -> Iterator[Path]:
+    """A folder from ``prepare``, removed at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), models, lengths)
+        yield Path(folder)
 
 
 def _save_model(folder: Path, model: str, config: RunConfig) -> None:
