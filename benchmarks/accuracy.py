@@ -30,6 +30,7 @@ from finetuning.comparison.predictions import Predictions
 from finetuning.errors import UserError
 from finetuning.pages import renew_tables
 from finetuning.processes import stoppable
+from finetuning.runs.answers import Rule
 from finetuning.runs.files import read_result
 from finetuning.storage import read_json, write_atomically, write_json
 
@@ -223,7 +224,7 @@ def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, 
             continue
         records.append(record)
         if record["status"] == "finished":
-            columns = read_test_predictions(folder / measurement.name, record["threshold"])
+            columns = read_test_predictions(folder / measurement.name, Rule(record["threshold"]))
             predictions = Predictions.of(record["source"], columns)
             used = (predictions.test_set, record["data"], record["trainable"])
             if data.setdefault(record["set"], used) != used:

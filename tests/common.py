@@ -41,7 +41,7 @@ from finetuning.flags import from_flags
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
-from finetuning.runs.answers import Answers
+from finetuning.runs.answers import Answers, Rule
 from finetuning.runs.files import PREDICTIONS, read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
@@ -258,7 +258,8 @@ def random_answers(n: int, classes: int, seed: int, multi_label: bool = False) -
     generator = np.random.default_rng(seed)
     logits = 2 * generator.normal(size=(n, classes))
     if multi_label:
-        return Answers(np.arange(n), generator.random((n, classes)) < 1 / (1 + np.exp(-logits)), logits, None, 0.5)
+        truth = generator.random((n, classes)) < 1 / (1 + np.exp(-logits))
+        return Answers(np.arange(n), truth, logits, rule=Rule(0.5))
     labels = (logits + generator.gumbel(size=(n, classes))).argmax(1)
     return Answers(np.arange(n), np.eye(classes, dtype=bool)[labels], logits)
 

@@ -23,6 +23,7 @@ from finetuning.export.plain import write_model
 from finetuning.export.proof import run_alone
 from finetuning.prediction.predictor import predict
 from finetuning.prediction.trained import read_trained
+from finetuning.runs.answers import Rule
 from finetuning.runs.files import ADAPTER, SETTINGS, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
@@ -341,16 +342,16 @@ def test_a_positive_class_and_its_threshold(tiny_folders: dict[str, Path], tmp_p
     assert "| accuracy |" in content
     assert "It always gives one of its labels" in content
     trained = read_trained(tmp_path / "out")
-    assert (trained.threshold, trained.positive, trained.multi_label) == (0.37, 1, False)
+    assert (trained.rule, trained.rule.multi_label) == (Rule(0.37, 1), False)
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_folder_that_differs_does_not_stay(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_damaged(folder: Path, model: Any, dtype: torch.dtype, *threshold: Any) -> None:
+    def write_damaged(folder: Path, model: Any, dtype: torch.dtype, rule: Rule) -> None:
         model.classifier.bias.data[0] += 0.001
-        write_model(folder, model, dtype, *threshold)
+        write_model(folder, model, dtype, rule)
         model.classifier.bias.data[0] -= 0.001
 
     monkeypatch.setattr("finetuning.export.plain.write_model", write_damaged)

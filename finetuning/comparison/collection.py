@@ -11,7 +11,7 @@ from finetuning.comparison.packed import Columns, Record, change_records, read_r
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns, stands_for
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import positive_of, read_answers
+from finetuning.runs.answers import MOST_PROBABLE, Rule, read_answers
 from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged, read_text_hashes
 
 
@@ -81,25 +81,20 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
         check_unchanged(source / PREDICTIONS)
         task = result["task"]
         try:
-            positive = positive_of(task, result.get("data", {}).get("label_names", ()))
-            predictions = read_test_predictions(source, task.get("threshold"), positive)
+            rule = Rule.of_task(task, result.get("data", {}).get("label_names", ()))
+            predictions = read_test_predictions(source, rule)
         except (OSError, ValueError, LookupError) as error:  # includes pyarrow's errors
             path = source / PREDICTIONS
             raise UserError(f"{path} cannot be read ({first_line(error)}): restore it, or train again") from None
     return Record.made(target, result, metrics, predictions)
 
 
-def read_test_predictions(directory: Path, threshold: float | None = None, positive: int | None = None) -> Columns:
-    """What a run predicted for the test texts, in the order of their rows.
-
-    Args:
-        directory: the run directory.
-        threshold, positive: as in ``Answers``.
-    """
-    test = read_answers(directory, threshold, positive)["test"]
+def read_test_predictions(directory: Path, rule: Rule = MOST_PROBABLE) -> Columns:
+    """What a run predicted for the test texts by its rule, in the order of their rows."""
+    test = read_answers(directory, rule)["test"]
     test = test.taken(np.argsort(test.rows))
 
     def numbers(labels: np.ndarray) -> list[Any]:
-        return [np.flatnonzero(row).tolist() for row in labels] if test.multi_label else labels.argmax(1).tolist()
+        return [np.flatnonzero(row).tolist() for row in labels] if test.rule.multi_label else labels.argmax(1).tolist()
 
     return {"row": test.rows.tolist(), "label": numbers(test.truth), "predicted": numbers(test.given)}

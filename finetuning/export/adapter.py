@@ -62,7 +62,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> list[str]:
     length, base, recorded = config.data.max_length, str(loaded.base.absolute()), recorded_base(loaded)
     if writes_base(loaded.run):
         bare = without_adapter(loaded.classifier, held.pad_id)
-        write_model(folder / BASE, bare, torch.float32, held.stored.threshold, held.stored.positive)
+        write_model(folder / BASE, bare, torch.float32, held.stored.rule)
         write_tokenizer(folder / BASE, tokenizer, length)
         base, recorded = f"{folder.name}/{BASE}", str(out.resolve() / BASE)
     check_unchanged(run / ADAPTER_CONFIG)

@@ -115,7 +115,7 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
         notes.append(
             f"The model's head reads the mean of a text's tokens, which Transformers' class for this type does not"
             f" compute. So this folder has no weights for Transformers. The columns of `logits` are the labels in the"
-            f" order above; {'a sigmoid' if run.multi_label else 'softmax'} makes probabilities of them."
+            f" order above; {'a sigmoid' if run.rule.multi_label else 'softmax'} makes probabilities of them."
         )
     reader = "a pipeline" if _library(folder) == "transformers" else "the code above"
     truncated = f": the run kept its beginning and its end, {reader} keeps its beginning"
@@ -178,7 +178,7 @@ def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | N
             task_type="text-classification", dataset_type=scored, dataset_name=source, dataset_split=of_split,
             metric_type=metric, metric_value=round(run.result[split][key], 4),
         )
-        for metric, key in (("exact_match" if run.multi_label else "accuracy", "accuracy"), ("f1", "macro_f1"))
+        for metric, key in (("exact_match" if run.rule.multi_label else "accuracy", "accuracy"), ("f1", "macro_f1"))
     ]  # fmt: skip
     card = ModelCardData(
         base_model=base, datasets=[data_id] if data_id else None, eval_results=results,

@@ -50,7 +50,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         print(f"writing {arguments.out} and checking it in a fresh process: about a minute", flush=True)
     with staged(arguments.out) as folder:
         pairs = config.data.text_pair_column is not None
-        threshold = run.threshold if run.multi_label else None
+        threshold = run.rule.threshold if run.rule.multi_label else None
         if adapter:
             found = export_adapter(folder, arguments.out, loaded)
             base = f"{folder.name}/{BASE}" if writes_base(run) else recorded_base(loaded)

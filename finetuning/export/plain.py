@@ -34,7 +34,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.fused import join_linears
 from finetuning.models.lora import merge_lora, plain_linear
 from finetuning.models.quantization import dense_weight, is_quantized
-from finetuning.runs.answers import is_multi_label
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.settings import WINDOWED
 
 # what an exported config says of its run
@@ -65,7 +65,7 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> list[s
     model.config.line_breaks = traits_of(data.dataset).line_breaks
     if data.windows > 1:
         model.config.windows = {name: getattr(data, name) for name in WINDOWED}
-    write_model(folder, model, DTYPES[dtype], held.stored.threshold, held.stored.positive)
+    write_model(folder, model, DTYPES[dtype], held.stored.rule)
     rounded = dtype != "fp32"
     written = held.answers_of(model) if rounded else reference
     if onnx:
@@ -108,7 +108,7 @@ def export_onnx(folder: Path, loaded: Loaded) -> list[str]:
     reference = held.answers_of(model)
     predictions = against_predictions(reference, held.stored, loaded.precision)
     write_tokenizer(folder, loaded.tokenizer, loaded.run.config.data.max_length)
-    complete_config(model.config, held.stored.threshold, held.stored.positive)
+    complete_config(model.config, held.stored.rule)
     model.config.save_pretrained(folder)
     _write_onnx(folder, model, held)
     answers = fresh_answers(folder, held, onnx=ONNX_FILE, onnx_alone=True)
@@ -169,27 +169,24 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
         layers.set_submodule(name, plain_linear(dense_weight(packed).float(), bias))
 
 
-def write_model(
-    folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None, positive: int | None = None
-) -> None:
+def write_model(folder: Path, model: Any, dtype: torch.dtype, rule: Rule = MOST_PROBABLE) -> None:
     """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32."""
-    complete_config(model.config, threshold, positive)
+    complete_config(model.config, rule)
     model.to(dtype).save_pretrained(folder)
     model.float()
 
 
-def complete_config(config: Any, threshold: float | None, positive: int | None) -> None:
+def complete_config(config: Any, rule: Rule) -> None:
     """Makes the config say what kind of task it is.
 
     With a threshold it also has that and, for two classes, the name of the positive one. Transformers keeps both but
     does not use them.
     """
-    multi_label = is_multi_label(threshold, positive)
-    config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
-    if threshold is not None:
-        config.threshold = threshold
-    if positive is not None:
-        config.positive_label = config.id2label[positive]
+    config.problem_type = "multi_label_classification" if rule.multi_label else "single_label_classification"
+    if rule.threshold is not None:
+        config.threshold = rule.threshold
+    if rule.positive is not None:
+        config.positive_label = config.id2label[rule.positive]
     vars(config).pop("attn_implementation", None)  # chosen for training; some models refuse to load with it
 
 

@@ -24,7 +24,7 @@ from finetuning.errors import ExportFailed, UserError
 from finetuning.export import fresh_process
 from finetuning.export.fresh_process import logits_of
 from finetuning.models.classifier import Classifier, pool_windows
-from finetuning.runs.answers import Answers, decided, joined
+from finetuning.runs.answers import Answers, joined
 from finetuning.runs.finished import FinishedRun
 from finetuning.settings import DataSettings
 
@@ -243,15 +243,16 @@ def against_predictions(reference: Answers, stored: Answers, precision: str) -> 
     )
     if not texts:
         return said
-    if stored.threshold is None:
+    rule = stored.rule
+    if rule.threshold is None:
         ordered = np.sort(stored.logits[changed.any(1)], axis=1)
         margins, rounding = ordered[:, -1] - ordered[:, -2], 2 * rounding  # both logits may move
         of_what = "margin of a changed label, between its two highest logits,"
     else:
-        scores, boundary = stored.logits, np.log(stored.threshold / (1 - stored.threshold))
-        if stored.positive is not None:
+        scores, boundary = stored.logits, np.log(rule.threshold / (1 - rule.threshold))
+        if rule.positive is not None:
             scores, rounding = scores - scores[:, ::-1], 2 * rounding
-            changed = changed & (np.arange(2) == stored.positive)
+            changed = changed & (np.arange(2) == rule.positive)
         margins = np.abs(scores - boundary)[changed]
         of_what = "distance of a changed label's logit from the threshold"
     return f"{said} The {of_what} was {margins.max():.1e} at most; {precision} can move it by {rounding:.1e}."
@@ -289,10 +290,10 @@ def in_pipeline(
         reason = ": it cuts long texts, and the run read them as windows"
     elif settings.truncation != "head_tail":
         reason = ""
-    given = decided(scores, reference.threshold, reference.positive)
+    given, measure = reference.rule.given(scores), "exact match" if reference.rule.multi_label else "accuracy"
     return (
         f"{said} It reads {others} differently{reason}. That changes the labels of"
-        f" {(given != reference.given).any(1).sum():,}: {'exact match' if reference.multi_label else 'accuracy'} on"
-        f" these texts is {(given == reference.truth).all(1).mean():.2%} in a pipeline and"
-        f" {reference.right.mean():.2%} with the run's tokens."
+        f" {(given != reference.given).any(1).sum():,}: {measure} on these texts is"
+        f" {(given == reference.truth).all(1).mean():.2%} in a pipeline and {reference.right.mean():.2%} with the run's"
+        " tokens."
     )

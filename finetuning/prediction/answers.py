@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from finetuning.errors import UserError
 from finetuning.prediction.confidence import CONFIDENCE, Confidence
 from finetuning.prediction.trained import Trained
-from finetuning.runs.answers import decided, is_multi_label
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 
 LABEL, PROBABILITY = "label", "probability_"
 IF_TAKEN = "predicted_"  # before our columns if the input has columns of these names
@@ -22,23 +22,17 @@ class AnswerColumns:
     """What is said about each text."""
 
     names: Sequence[str]  # the labels
-    # threshold, positive: as in ``Answers``
-    threshold: float | None = None
+    rule: Rule = MOST_PROBABLE  # which labels a text gets
     top_k: int | None = None  # number of labels with probabilities; ``None`` is all of them
-    positive: int | None = None
     # how sure an answer is, which is then a column; ``None`` if nobody asks for it
     confidence: Confidence | None = None
     to_check: bool = False  # whether somebody will label these texts: the column ``label`` stays free for that
 
     @property
-    def multi_label(self) -> bool:
-        return is_multi_label(self.threshold, self.positive)
-
-    @property
     def columns(self) -> dict[str, type]:
         """The columns: their names, and the type of their values."""
         name = f"{IF_TAKEN}{LABEL}" if self.to_check else LABEL
-        first: dict[str, type] = {name: list if self.multi_label else str}
+        first: dict[str, type] = {name: list if self.rule.multi_label else str}
         first |= {} if self.confidence is None else {CONFIDENCE: float}
         if self.top_k is None:
             return first | {f"{PROBABILITY}{name}": float for name in self.names}
@@ -66,9 +60,9 @@ class AnswerColumns:
         answered = [not missing for missing in np.isnan(probabilities[:, 0])]
         first, sure = [], answered
         if self.confidence is not None:
-            confidence = self.confidence.of(probabilities, self.threshold, self.positive)
+            confidence = self.confidence.of(probabilities, self.rule)
             first, sure = [_known(confidence.tolist(), answered)], (confidence >= self.confidence.least).tolist()
-        given = decided(probabilities, self.threshold, self.positive)
+        given = self.rule.given(probabilities)
         labels = [self._label(row) if known else None for known, row in zip(sure, given, strict=True)]
         columns: list[list[Any]] = [labels, *first]
         if self.top_k is None:
@@ -81,7 +75,7 @@ class AnswerColumns:
 
     def _label(self, given: np.ndarray) -> str | list[str]:
         labels = [self.names[i] for i in np.flatnonzero(given).tolist()]
-        return labels if self.multi_label else labels[0]
+        return labels if self.rule.multi_label else labels[0]
 
 
 def _known(values: list[Any], answered: Sequence[bool]) -> list[Any]:
@@ -94,7 +88,7 @@ def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -
     Raises:
         UserError: ``--threshold`` with a run without one, or more labels than there are.
     """
-    if threshold is not None and trained.threshold is None:
+    if threshold is not None and trained.rule.threshold is None:
         raise UserError(
             f"--threshold {threshold:g}: needs a multi-label run, or two classes trained with --threshold, but"
             f" {trained.directory} has no threshold"
@@ -102,8 +96,8 @@ def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -
     count = len(trained.label_names)
     if top_k is not None and top_k > count:
         raise UserError(f"--top_k {top_k}: {trained.directory} has {count} labels, so at most {count}")
-    threshold = trained.threshold if threshold is None else threshold
-    return AnswerColumns(trained.label_names, threshold, top_k, trained.positive)
+    rule = trained.rule if threshold is None else replace(trained.rule, threshold=threshold)
+    return AnswerColumns(trained.label_names, rule, top_k)
 
 
 def names_beside(columns: Collection[str], taken: Collection[str]) -> list[str]:

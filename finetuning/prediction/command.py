@@ -179,7 +179,7 @@ def label(arguments: argparse.Namespace) -> None:
     trained = read_trained(arguments.run)
     answers = make_answers(trained, arguments.threshold, arguments.top_k)
     if not (arguments.abstain is arguments.abstain_risk is arguments.most_uncertain is None):
-        confidence = read_confidence(trained, answers.threshold, arguments.abstain, arguments.abstain_risk)
+        confidence = read_confidence(trained, answers.rule, arguments.abstain, arguments.abstain_risk)
         answers = replace(answers, confidence=confidence, to_check=arguments.most_uncertain is not None)
     counters: list[Coverage | Score] = []
     if answers.confidence is not None and arguments.most_uncertain is None:

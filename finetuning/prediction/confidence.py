@@ -11,7 +11,7 @@ from finetuning.errors import UserError
 from finetuning.prediction.rows import Answered, Rows
 from finetuning.prediction.trained import Trained
 from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence, smallest_risk
-from finetuning.runs.answers import Answers, is_multi_label, unlabelled
+from finetuning.runs.answers import Answers, Rule, unlabelled
 from finetuning.runs.calibration import fit_temperature
 from finetuning.runs.finished import read_finished, read_validation
 from finetuning.runs.records import accuracy_interval
@@ -29,18 +29,13 @@ class Confidence:
     notes: tuple[str, ...] = ()  # where both come from, a sentence each
     reached: tuple[int, int] | None = None  # how many validation texts are as sure as ``least``, and of how many
 
-    def of(self, probabilities: np.ndarray, threshold: float | None, positive: int | None) -> np.ndarray:
-        """``Answers.confidence`` of cooled answers, (n,); NaN for a row without a text.
-
-        Args:
-            probabilities: (n, labels).
-            threshold, positive: as in ``Answers``.
-        """
+    def of(self, probabilities: np.ndarray, rule: Rule) -> np.ndarray:
+        """``Answers.confidence`` of cooled answers, (n, labels) -> (n,); NaN for a row without a text."""
         with np.errstate(divide="ignore"):  # a probability of 0 or 1 is an infinite logit
             logits = np.log(probabilities)
-            if is_multi_label(threshold, positive):
+            if rule.multi_label:
                 logits -= np.log1p(-probabilities)
-        return unlabelled(logits, threshold, positive).cooled(self.temperature).confidence
+        return unlabelled(logits, rule).cooled(self.temperature).confidence
 
 
 @dataclass
@@ -91,12 +86,12 @@ def surer(found: tuple[int, int], expected: tuple[int, int]) -> bool:
     return found[0] / texts[0] - expected[0] / texts[1] > SURER * error
 
 
-def read_confidence(trained: Trained, threshold: float | None, least: float | None, risk: float | None) -> Confidence:
+def read_confidence(trained: Trained, rule: Rule, least: float | None, risk: float | None) -> Confidence:
     """The confidence that ``--abstain``, ``--abstain_risk`` or ``--most_uncertain`` needs, from the run's validation.
 
     Args:
         trained: what labels texts.
-        threshold: the probability above which a label is given, as in ``Answers``.
+        rule: which labels a text gets.
         least: ``--abstain``.
         risk: ``--abstain_risk``.
 
@@ -110,7 +105,7 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
                 raise UserError(f"--{name} {value:g}: needs a run directory: {trained.directory} has no validation")
         return Confidence(notes=("confidence is as trained: an exported folder has no validation to calibrate it",))
     run = read_finished(trained.directory)
-    answers = replace(read_validation(run), threshold=threshold)
+    answers = replace(read_validation(run), rule=rule)
     temperature = fit_temperature(answers)
     reason = "validation gives no temperature, because its answers are all right or no better than chance"
     notes = () if temperature else (f"confidence is as trained: {reason}",)

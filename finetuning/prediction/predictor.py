@@ -82,7 +82,7 @@ class Predictor:
             for batch in loader:
                 given = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
                 logits = self.classifier.logits(given)
-                multi_label = self.trained.multi_label
+                multi_label = self.trained.rule.multi_label
                 parts.append((batch["rows"], torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)))
                 done(len(logits))
             for places, found in parts:  # only now: on a GPU each reading waits for all queued work

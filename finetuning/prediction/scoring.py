@@ -74,12 +74,12 @@ class Score:
     """
 
     def __init__(self, trained: Trained, column: str, codes: Sequence[str] = (), separator: str | None = None) -> None:
-        if separator is not None and not trained.multi_label:
+        if separator is not None and not trained.rule.multi_label:
             raise UserError(
                 f"--label_separator {separator!r}: {trained.directory} gives each text one label: leave it out"
             )
         self.column, self._codes, self._separator = column, codes, separator
-        self._multi_label, self._positive = trained.multi_label, trained.positive
+        self._multi_label, self._positive = trained.rule.multi_label, trained.rule.positive
         self._places = {name: i for i, name in enumerate(trained.label_names)}
         self._right, self._given, self._truth = np.zeros((3, len(self._places)), dtype=np.int64)  # texts by class
         self._texts = self._exact = self._missed = 0

@@ -12,7 +12,7 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError, as_user_error
-from finetuning.runs.answers import is_multi_label, positive_of
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.files import ADAPTER_CONFIG, RESULT, SETTINGS
 from finetuning.runs.finished import read_finished
 from finetuning.settings import DEFAULT_THRESHOLD, WINDOWED
@@ -30,19 +30,13 @@ class Trained:
     directory: Path  # a run directory, or an exported folder
     config: RunConfig  # the settings of the run, or those with which an exported folder is read
     label_names: list[str]  # one name for each column of the logits
-    threshold: float | None  # the probability above which a label is given; ``None`` gives the most probable one
-    # of two classes, the position of the one that the threshold is for; ``None`` with one: multi-label
-    positive: int | None = None
+    rule: Rule  # which labels a text gets
     exported: bool = False  # whether it is a Transformers folder
     pairs: bool | None = None  # whether an exported one reads pairs of texts; ``None``: its folder does not say it
     # markup between lines that an exported one reads as a space; ``None`` of a run, whose data set says
     line_breaks: str | None = None
     # name -> SHA-256 of the files of the run's base model; empty if it is not known
     base_files: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def multi_label(self) -> bool:
-        return is_multi_label(self.threshold, self.positive)
 
     @property
     def clean(self) -> Callable[[str], str]:
@@ -73,7 +67,7 @@ def read_trained(directory: Path) -> Trained:
     if (directory / ADAPTER_CONFIG).is_file() and not any((directory / name).exists() for name in (RESULT, SETTINGS)):
         raise UserError(f"{directory}: is an adapter alone, for PEFT: give the run, or export it without --adapter")
     run = read_finished(directory)
-    return Trained(directory, run.config, run.label_names, run.threshold, run.positive, base_files=run.base_files)
+    return Trained(directory, run.config, run.label_names, run.rule, base_files=run.base_files)
 
 
 def _exported(directory: Path, content: dict[str, Any]) -> Trained:
@@ -99,19 +93,19 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         offline=True,
         **_reading(content),
     )
-    label_names, threshold, positive = [str(names[number]) for number in numbers], None, None
+    label_names, rule = [str(names[number]) for number in numbers], MOST_PROBABLE
     if len(set(label_names)) < len(label_names):
         raise UserError(f"{directory}: two labels have the same name, says its {MODEL_CONFIG}: rename one")
-    if content.get("positive_label") in label_names and len(names) == 2:
-        positive = positive_of(content, label_names)
-    if content.get("problem_type") == MULTI_LABEL or positive is not None:
+    two = content.get("positive_label") in label_names and len(names) == 2
+    if content.get("problem_type") == MULTI_LABEL or two:
         given = content.get("threshold")  # export_model.py writes the run's
         threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
+        rule = Rule(threshold, label_names.index(content["positive_label"]) if two else None)
     pairs = content.get("text_pairs")  # export_model.py writes it
     known = pairs if isinstance(pairs, bool) else None
     breaks = content.get("line_breaks")  # and this
     line_breaks = breaks if isinstance(breaks, str) else None
-    return Trained(directory, config, label_names, threshold, positive, True, known, line_breaks)
+    return Trained(directory, config, label_names, rule, True, known, line_breaks)
 
 
 def _reading(content: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from finetuning.report import sections
 from finetuning.report.coverage import coverage_curve, risk_table
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, maybe_wrong
 from finetuning.runs.abstention import LEVEL, checkpoints_compared
-from finetuning.runs.answers import Answers, positive_of, read_answers
+from finetuning.runs.answers import Answers, Rule, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
 from finetuning.runs.files import CURVE, REPORT
 from finetuning.runs.records import accuracy_interval
@@ -52,13 +52,13 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     Raises:
         OSError, ValueError: a file of the run cannot be read.
     """
-    names, task = result["data"]["label_names"], result["task"]
-    answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
+    names = result["data"]["label_names"]
+    answers = read_answers(directory, Rule.of_task(result["task"], names))
     split = _main_split(answers, "kfold" in result)
     main, validation = answers[split], answers["validation"]
     temperature = fit_temperature(validation)
-    learned = main.multi_label or shows_learning(validation, result.get("kfold"))
-    wrong = maybe_wrong(answers, names, texts) if learned and not main.multi_label else []
+    learned = main.rule.multi_label or shows_learning(validation, result.get("kfold"))
+    wrong = maybe_wrong(answers, names, texts) if learned and not main.rule.multi_label else []
     longest = result["config"]["max_length"] * result["config"]["windows"]
     return render(
         TEMPLATE,
@@ -102,7 +102,7 @@ def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None, tun
 
     If each fold has tuned its threshold on the texts that it scores (``tuned``), that one is far too high.
     """
-    measure = "exact match" if answers.multi_label else "accuracy"
+    measure = "exact match" if answers.rule.multi_label else "accuracy"
     accuracy = float(answers.right.mean())
     shown = percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))
     if kfold is None or split != "validation":
@@ -122,7 +122,7 @@ def _calibration(main: Answers, temperature: float | None) -> dict[str, Any]:
         "before": before.bins,
         "after": after.bins if after else [],
         "table": sections.calibration_table(before, after),
-        "multi_label": main.multi_label,
+        "multi_label": main.rule.multi_label,
     }
 
 

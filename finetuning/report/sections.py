@@ -33,7 +33,7 @@ class Cell:
 
 def confusion_cells(answers: Answers) -> list[list[Cell]] | None:
     """The confusion matrix by rows of the true class; ``None`` for too many classes or a multi-label run."""
-    if answers.multi_label or answers.logits.shape[1] > MOST_CLASSES:
+    if answers.rule.multi_label or answers.logits.shape[1] > MOST_CLASSES:
         return None
     matrix = confusion_matrix(answers)
     return [[Cell(int(count), count / max(row.sum(), 1)) for count in row] for row in matrix]
@@ -42,7 +42,7 @@ def confusion_cells(answers: Answers) -> list[list[Cell]] | None:
 def confusion_table(answers: Answers, names: Sequence[str]) -> Table:
     """The most frequent confusions, for a matrix with too many classes to be shown."""
     rows = []
-    if not answers.multi_label:
+    if not answers.rule.multi_label:
         matrix = confusion_matrix(answers)
         totals = matrix.sum(1)
         np.fill_diagonal(matrix, 0)

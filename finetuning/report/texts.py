@@ -44,7 +44,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
     Multi-label: the probability is the one of the most confident wrong decision on a label.
     """
     chosen = np.where(answers.given, answers.probabilities, 1 - answers.probabilities)  # of the decision on each label
-    decisive = answers.given != answers.truth if answers.multi_label else answers.given
+    decisive = answers.given != answers.truth if answers.rule.multi_label else answers.given
     confidence = np.where(decisive, chosen, 0).max(1)
     wrong = np.flatnonzero(~answers.right)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
@@ -53,7 +53,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
             f"{split} {answers.rows[i]}",
             _labels(answers.truth[i], names),
             _labels(answers.given[i], names),
-            "" if answers.multi_label else _probability(answers.probabilities[i, answers.truth[i]].sum()),
+            "" if answers.rule.multi_label else _probability(answers.probabilities[i, answers.truth[i]].sum()),
             _probability(confidence[i]),
             _shown_texts(texts, split, answers.rows[i]),
         )

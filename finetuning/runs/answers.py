@@ -12,6 +12,40 @@ from finetuning.runs.files import PREDICTIONS
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Which labels a text gets from its scores."""
+
+    threshold: float | None = None  # the probability above which a label is given; None gives the most probable one
+    positive: int | None = None  # of two classes, the one that the threshold is for; None with one: multi-label
+
+    @classmethod
+    def of_task(cls, task: Mapping[str, Any], names: Sequence[str]) -> "Rule":
+        """The rule of a task as ``result.json`` has it: ``ValueError`` if its positive label is none of the names."""
+        positive = task.get("positive_label")
+        return cls(task.get("threshold"), None if positive is None else list(names).index(positive))
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text may have several labels, or none."""
+        return self.threshold is not None and self.positive is None
+
+    def given(self, scores: np.ndarray) -> np.ndarray:
+        """The labels that texts get, (n, classes) bool. Who does not get the positive class gets the other one.
+
+        Args:
+            scores: (n, classes) probabilities; without a threshold, logits will do.
+        """
+        if self.threshold is None:
+            return np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+        if self.positive is None:
+            return scores > self.threshold
+        return (np.arange(2) == self.positive) == (scores[:, [self.positive]] > self.threshold)
+
+
+MOST_PROBABLE = Rule()  # one label for each text
+
+
+@dataclass(frozen=True)
 class Answers:
     """The answers for the texts of one split."""
 
@@ -19,18 +53,12 @@ class Answers:
     truth: np.ndarray  # (n, classes) bool, the labels that each text has; all False if they are not known
     logits: np.ndarray  # (n, classes) float64
     tokens: np.ndarray | None = None  # (n,) length of each text as the model read it; None if the run did not keep it
-    threshold: float | None = None  # the probability above which a label is given; None gives the most probable one
-    positive: int | None = None  # of two classes, the one that the threshold is for; None: multi-label
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether the run is multi-label: a text may have several labels, or none."""
-        return is_multi_label(self.threshold, self.positive)
+    rule: Rule = MOST_PROBABLE  # which labels a text gets
 
     @cached_property
     def probabilities(self) -> np.ndarray:
         """(n, classes) of the classes; multi-label: of each label by itself."""
-        if self.multi_label:
+        if self.rule.multi_label:
             return 0.5 * (1 + np.tanh(self.logits / 2))  # the sigmoid, without overflow
         powers = np.exp(self.logits - self.logits.max(1, keepdims=True))
         return powers / powers.sum(1, keepdims=True)
@@ -38,8 +66,7 @@ class Answers:
     @cached_property
     def given(self) -> np.ndarray:
         """(n, classes) bool, the labels that the run gave."""
-        scores = self.logits if self.threshold is None else self.probabilities
-        return decided(scores, self.threshold, self.positive)
+        return self.rule.given(self.logits if self.rule.threshold is None else self.probabilities)
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -52,13 +79,13 @@ class Answers:
 
         Multi-label: the product over all labels, given or not, as if they were independent.
         """
-        others = 1 - self.probabilities if self.multi_label else np.ones(1)
+        others = 1 - self.probabilities if self.rule.multi_label else np.ones(1)
         return np.where(self.given, self.probabilities, others).prod(1)
 
     @cached_property
     def losses(self) -> np.ndarray:
         """(n,) cross-entropy in nats; multi-label: the mean over labels."""
-        if self.multi_label:
+        if self.rule.multi_label:
             signed = np.where(self.truth, self.logits, -self.logits)
             return np.logaddexp(0, -signed).mean(1)
         largest = self.logits.max(1)
@@ -67,11 +94,11 @@ class Answers:
 
     def cooled(self, temperature: float) -> "Answers":
         """The same answers with logits divided by a temperature. The threshold moves, so that the labels stay."""
-        threshold = self.threshold
+        rule, threshold = self.rule, self.rule.threshold
         if threshold is not None:
             logit = np.log(threshold / (1 - threshold)) / temperature
-            threshold = float(np.exp(-np.logaddexp(0, -logit)))  # its sigmoid, which does not overflow
-        return replace(self, logits=self.logits / temperature, threshold=threshold)
+            rule = replace(rule, threshold=float(np.exp(-np.logaddexp(0, -logit))))  # a sigmoid that does not overflow
+        return replace(self, logits=self.logits / temperature, rule=rule)
 
     def taken(self, positions: np.ndarray) -> "Answers":
         """The answers for the texts at some positions."""
@@ -81,54 +108,19 @@ class Answers:
         )
 
 
-def decided(scores: np.ndarray, threshold: float | None, positive: int | None = None) -> np.ndarray:
-    """The labels that texts get, (n, classes) bool.
-
-    Args:
-        scores: (n, classes) probabilities; without a threshold, logits will do.
-        threshold: the probability above which a label is given; ``None`` gives the highest score.
-        positive: of two classes, the one that the threshold is for. A text that does not get it gets the other one.
-    """
-    if threshold is None:
-        return np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
-    if positive is None:
-        return scores > threshold
-    return (np.arange(2) == positive) == (scores[:, [positive]] > threshold)
-
-
-def is_multi_label(threshold: float | None, positive: int | None) -> bool:
-    """Whether a run is multi-label: it has a threshold, and no positive class to which it belongs."""
-    return threshold is not None and positive is None
-
-
-def positive_of(task: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """Where ``positive_label`` is among the names: ``None`` if a task has none, ``ValueError`` if it is no label."""
-    name = task.get("positive_label")
-    return None if name is None else list(names).index(name)
-
-
-def unlabelled(logits: np.ndarray, threshold: float | None, positive: int | None) -> Answers:
+def unlabelled(logits: np.ndarray, rule: Rule) -> Answers:
     """Answers for texts whose labels are not known."""
-    return Answers(
-        np.arange(len(logits)), np.zeros(logits.shape, dtype=bool), logits, threshold=threshold, positive=positive
-    )
+    return Answers(np.arange(len(logits)), np.zeros(logits.shape, dtype=bool), logits, rule=rule)
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
     """The answers for the texts of several splits, one after another. Lengths are left out."""
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "truth", "logits")}
-    return Answers(**columns, threshold=parts[0].threshold, positive=parts[0].positive)
+    return Answers(**columns, rule=parts[0].rule)
 
 
-def read_answers(directory: Path, threshold: float | None = None, positive: int | None = None) -> dict[str, Answers]:
-    """Split -> answers, in the order of the file.
-
-    Args:
-        threshold, positive: as in ``Answers``.
-
-    Raises:
-        OSError, ValueError: the file cannot be read.
-    """
+def read_answers(directory: Path, rule: Rule = MOST_PROBABLE) -> dict[str, Answers]:
+    """Split -> answers by the rule of the run, in the order of the file: ``OSError``, ``ValueError`` if unreadable."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(directory / PREDICTIONS)
@@ -139,8 +131,6 @@ def read_answers(directory: Path, threshold: float | None = None, positive: int 
         truth = np.zeros(logits.shape, dtype=bool)
         for i, labels in enumerate(part["label"].to_pylist()):
             truth[i, labels] = True  # a number, or a list of numbers
-        found[split] = Answers(
-            part["row"].to_numpy(), truth, logits, part["tokens"].to_numpy() if "tokens" in part.column_names else None,
-            threshold, positive,
-        )  # fmt: skip
+        tokens = part["tokens"].to_numpy() if "tokens" in part.column_names else None
+        found[split] = Answers(part["row"].to_numpy(), truth, logits, tokens, rule)
     return found

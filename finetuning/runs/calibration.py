@@ -60,7 +60,7 @@ def _slope(answers: Answers, log_inverse: float) -> float:
 
 def reliability(answers: Answers) -> Reliability:
     """Probabilities against what was observed, in 15 bins of equal width (Guo et al. 2017)."""
-    if answers.multi_label:
+    if answers.rule.multi_label:
         probabilities, outcomes = answers.probabilities, answers.truth  # (n, k)
     else:
         probabilities, outcomes = answers.confidence[:, None], answers.right[:, None]

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import Answers, is_multi_label, positive_of, read_answers
+from finetuning.runs.answers import Answers, Rule, read_answers
 from finetuning.runs.files import BEST_RUN, PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
 from finetuning.runs.messages import called
 
@@ -18,18 +18,9 @@ class FinishedRun:
     directory: Path
     config: RunConfig
     label_names: list[str]
-    threshold: float | None  # the probability above which a label is given; None gives the most probable one
+    rule: Rule  # which labels a text gets
     base_files: dict[str, str]  # name -> SHA-256 of the files of the base model
     result: dict[str, Any]
-
-    @property
-    def positive(self) -> int | None:
-        """Of two classes, the position of the one that the threshold is for; with ``None`` a run is multi-label."""
-        return positive_of(self.result.get("task", {}), self.label_names)
-
-    @property
-    def multi_label(self) -> bool:
-        return is_multi_label(self.threshold, self.positive)
 
     @property
     def reported_split(self) -> str:
@@ -58,10 +49,9 @@ def read_finished(directory: Path) -> FinishedRun:
     try:
         settings, data = result["config"], result["data"]
         found = {name: column for name, column in data["columns"].items() if not settings[name]}  # in a hub set
-        threshold, base_files = result["task"].get("threshold"), result["base_model"]["sha256"]
-        config = RunConfig.from_dict(settings | found)
-        positive_of(result["task"], data["label_names"])
-        return FinishedRun(directory, config, data["label_names"], threshold, base_files, result)
+        base_files, config = result["base_model"]["sha256"], RunConfig.from_dict(settings | found)
+        rule = Rule.of_task(result["task"], data["label_names"])
+        return FinishedRun(directory, config, data["label_names"], rule, base_files, result)
     except UserError as error:
         raise UserError(f"{directory}: its settings cannot be used: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -82,7 +72,7 @@ def _stored_answers(run: FinishedRun) -> dict[str, Answers]:
 
     check_unchanged(run.directory / PREDICTIONS)
     try:
-        return read_answers(run.directory, run.threshold, run.positive)
+        return read_answers(run.directory, run.rule)
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         path = run.directory / PREDICTIONS
         raise UserError(f"{path} cannot be read: {first_line(error)}: restore it, or train again") from None

@@ -29,7 +29,7 @@ def score_table(result: dict[str, Any], answers: dict[str, Answers]) -> Table:
         # the baseline's scores are means of the folds, so those of the run stand next to them
         means = (result["kfold"]["same_epoch"] or result["kfold"])["mean"]
         others = {"validation, mean of the folds": means | {"examples": len(answers["validation"].rows)}} | others
-    multi_label = any(part.multi_label for part in answers.values())
+    multi_label = any(part.rule.multi_label for part in answers.values())
     rows = []
     for key, name in score_names(multi_label).items():
         shown = number if key in ("loss", "mcc") else percent

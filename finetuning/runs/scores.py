@@ -81,10 +81,10 @@ def score_intervals(answers: Answers) -> dict[str, Interval]:
     right, given, truth = _resampled_counts(answers)
     n = len(answers.rows)
     drawn = {
-        "macro_f1": macro_f1(right, given, truth, answers.multi_label),
+        "macro_f1": macro_f1(right, given, truth, answers.rule.multi_label),
         "loss": resampled_sums(answers.losses[:, None])[:, 0] / n,
     }
-    if answers.multi_label:
+    if answers.rule.multi_label:
         drawn["micro_f1"] = f1(right.sum(1), given.sum(1), truth.sum(1))
     else:
         drawn["mcc"] = matthews(right, given, truth, n)

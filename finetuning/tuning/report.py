@@ -167,13 +167,13 @@ def gain_of(default: list[FinishedRun], runs: list[FinishedRun]) -> dict[str, An
         default: the runs of the default. Each has read the test split once, and nothing was chosen by it.
         runs: those of a trial. The default itself gains 0, for certain.
     """
-    measure = "micro_f1" if default[0].multi_label else "accuracy"
+    measure = "micro_f1" if default[0].rule.multi_label else "accuracy"
     if runs == default:
         return {"measure": measure, "mean": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
 
     def predictions(run: FinishedRun) -> Predictions:
         check_unchanged(run.directory / PREDICTIONS)
-        return Predictions.of("", read_test_predictions(run.directory, run.threshold, run.positive))
+        return Predictions.of("", read_test_predictions(run.directory, run.rule))
 
     sides = [[predictions(run) for run in each] for each in (runs, default)]
     first, second = (np.stack([each.counted(measure) for each in side]) for side in sides)

@@ -9,6 +9,7 @@ from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.pairs import Answer, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.report import make_section, study_text
 from finetuning.comparison.statistics import Difference, holm, mcnemar
+from finetuning.runs.answers import Rule
 from finetuning.runs.history import write_predictions
 from tests.synthetic_runs import outcomes, write_run
 
@@ -119,7 +120,7 @@ def write_labels(folder: Path, results: Path, row: str, truth: np.ndarray, given
     """A collected multi-label run, from what a run leaves: (n, labels) of 0 and 1."""
     rows = np.arange(len(truth))
     write_predictions(folder, {"test": (rows, truth, np.where(given == 1, 2.0, -2.0))})
-    predictions = read_test_predictions(folder, threshold=0.5)
+    predictions = read_test_predictions(folder, Rule(0.5))
     correct = (truth == given).all(axis=1)
     write_run(results, "s", row, correct=correct, predictions=predictions, task={"threshold": 0.5})
 

@@ -10,6 +10,7 @@ import yaml
 from finetuning.config import RunConfig
 from finetuning.export.adapter import recorded_base, writes_base
 from finetuning.export.card import KNOWN_BASES, _cross_validation, _metadata, _method, _precision, _reading
+from finetuning.runs.answers import MOST_PROBABLE
 from finetuning.settings import PACKAGED_MODELS
 
 
@@ -37,7 +38,7 @@ def test_a_score_is_of_the_official_test_only_if_all_of_it_was_read(
 ) -> None:
     result = {"data": {"source": source}, "test": {"accuracy": 0.9, "macro_f1": 0.8}}
     config = RunConfig.from_settings(**given)
-    run: Any = SimpleNamespace(result=result, config=config, reported_split="test", multi_label=False)
+    run: Any = SimpleNamespace(result=result, config=config, reported_split="test", rule=MOST_PROBABLE)
     ((entry,),) = (m["results"] for m in yaml.safe_load(_metadata(Path("x"), run, None, None, data_id))["model-index"])
     assert (entry["dataset"]["type"], entry["dataset"]["split"]) == expected
 

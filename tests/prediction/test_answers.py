@@ -7,6 +7,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.prediction.answers import AnswerColumns, make_answers, names_beside
 from finetuning.prediction.trained import Trained
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 from tests.common import refusal_of
 
 NAMES = ["bad", "good", "fair"]
@@ -24,10 +25,10 @@ def test_one_label_and_all_probabilities() -> None:
 
 
 def test_multi_label_answers() -> None:
-    answers = AnswerColumns(NAMES, threshold=0.3)
+    answers = AnswerColumns(NAMES, Rule(0.3))
     assert answers.columns["label"] is list
     assert answers.of(ROWS)[0] == [["good"], None, ["bad", "fair"]], "above, not at"
-    assert AnswerColumns(NAMES, threshold=0.9).of(ROWS)[0] == [[], None, []]
+    assert AnswerColumns(NAMES, Rule(0.9)).of(ROWS)[0] == [[], None, []]
 
 
 def test_the_best_labels() -> None:
@@ -40,7 +41,7 @@ def test_the_best_labels() -> None:
         ["fair", None, "fair"],
         [0.3, None, 0.4],
     ]
-    assert AnswerColumns(NAMES, threshold=0.25, top_k=1).of(ROWS)[:2] == [
+    assert AnswerColumns(NAMES, Rule(0.25), top_k=1).of(ROWS)[:2] == [
         [["good", "fair"], None, ["bad", "fair"]],
         ["good", None, "bad"],
     ]
@@ -48,10 +49,10 @@ def test_the_best_labels() -> None:
 
 def test_what_the_flags_ask_for() -> None:
     config = RunConfig.from_settings(offline=True)
-    one = Trained(Path("run"), config, NAMES, threshold=None)
-    several = Trained(Path("run"), config, NAMES, threshold=0.4)
-    assert make_answers(several, None, None).threshold == 0.4
-    assert make_answers(several, 0.7, 3) == AnswerColumns(NAMES, 0.7, 3)
+    one = Trained(Path("run"), config, NAMES, MOST_PROBABLE)
+    several = Trained(Path("run"), config, NAMES, Rule(0.4))
+    assert make_answers(several, None, None).rule == Rule(0.4)
+    assert make_answers(several, 0.7, 3) == AnswerColumns(NAMES, Rule(0.7), 3)
     assert "--threshold 0.7: needs a multi-label run, or two classes" in refusal_of(make_answers, one, 0.7, None)
     assert "--top_k 4: run has 3 labels, so at most 3" in refusal_of(make_answers, one, None, 4)
 

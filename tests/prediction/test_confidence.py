@@ -11,7 +11,7 @@ from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.confidence import Confidence, Coverage, most_uncertain, reached, surer
 from finetuning.prediction.outputs import is_parquet, write_answers
 from finetuning.prediction.rows import Answered, Source, file_of, survey
-from finetuning.runs.answers import Answers
+from finetuning.runs.answers import MOST_PROBABLE, Answers, Rule
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -20,14 +20,14 @@ ANSWERS = AnswerColumns(["bad", "good"], confidence=Confidence())
 
 def test_the_temperature_cools_what_the_label_says() -> None:
     probabilities = np.array([[0.2, 0.8], [0.9, 0.1], [np.nan, np.nan]])
-    cooled = Confidence(temperature=2).of(probabilities, None, None)
+    cooled = Confidence(temperature=2).of(probabilities, MOST_PROBABLE)
     assert cooled[:2] == pytest.approx([2 / 3, 3 / 4])  # the odds of 4 and 9 become 2 and 3
     assert np.isnan(cooled[2])
-    spam = Confidence().of(probabilities[:2], 0.05, 1)
+    spam = Confidence().of(probabilities[:2], Rule(0.05, 1))
     assert spam == pytest.approx([0.8, 0.1]), "above the threshold, although the other class is more probable"
-    several = Confidence().of(probabilities[:2], 0.5, None)
+    several = Confidence().of(probabilities[:2], Rule(0.5))
     assert several == pytest.approx([0.8 * 0.8, 0.9 * 0.9]), "all decisions must be right"
-    assert Confidence(temperature=3).of(np.array([[1.0, 0.0]]), 0.5, None) == pytest.approx([1])
+    assert Confidence(temperature=3).of(np.array([[1.0, 0.0]]), Rule(0.5)) == pytest.approx([1])
 
 
 def test_a_confidence_comes_with_what_validation_says_of_it() -> None:
@@ -50,7 +50,7 @@ def test_below_the_least_confidence_there_is_no_label() -> None:
 
 
 def test_a_positive_class_has_a_threshold() -> None:
-    answers = AnswerColumns(["ham", "spam"], threshold=0.3, positive=1)
+    answers = AnswerColumns(["ham", "spam"], Rule(0.3, 1))
     assert answers.columns["label"] is str
     assert answers.of(np.array([[0.6, 0.4], [0.7, 0.3]]))[0] == ["spam", "ham"], "above, not at"
 

@@ -22,11 +22,12 @@ from finetuning.prediction import progress
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers, write_csv
 from finetuning.prediction.rows import Answered, Rows, file_of, survey
+from finetuning.runs.answers import Rule
 from tests.common import refusal_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
-ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], threshold=0.5)
+ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], Rule(0.5))
 
 
 def answered(rows: Iterator[Rows], answers: AnswerColumns) -> Iterator[Answered]:
@@ -131,10 +132,10 @@ def test_bad_rows_have_empty_answers(tmp_path: Path) -> None:
 
 
 def test_multi_label_answers_in_text_are_separated(table: Path) -> None:
-    answers = AnswerColumns(["bad", "good"], threshold=0.3)
+    answers = AnswerColumns(["bad", "good"], Rule(0.3))
     found = read_frame(write(table, table.with_name("out.tsv"), answers))
     assert found.predicted_label.tolist() == ["good", *["bad,good"] * 4]
-    answers = AnswerColumns(["bad, or so", "good"], threshold=0.3)
+    answers = AnswerColumns(["bad, or so", "good"], Rule(0.3))
     found = read_frame(write(table, table.with_name("comma.csv"), answers))
     assert found.predicted_label.tolist() == ['["good"]', *['["bad, or so", "good"]'] * 4]
 

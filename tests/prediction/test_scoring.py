@@ -17,10 +17,11 @@ from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows, Source
 from finetuning.prediction.scoring import Score, label_codes, trained_on
 from finetuning.prediction.trained import Trained
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.records import accuracy_interval
 from tests.common import refusal_of
 
-TRAINED = Trained(Path("run"), RunConfig.from_settings(), ["0", "1", "spam"], None)
+TRAINED = Trained(Path("run"), RunConfig.from_settings(), ["0", "1", "spam"], MOST_PROBABLE)
 
 
 def source(*tables: list[Any]) -> Source:
@@ -46,7 +47,7 @@ def test_the_score_is_that_of_scikit_learn() -> None:
 
 
 def test_a_label_that_multi_label_training_lacked_is_missed() -> None:
-    score = Score(replace(TRAINED, threshold=0.5), "y")
+    score = Score(replace(TRAINED, rule=Rule(0.5)), "y")
     labels: list[Any] = [["0", "ham"], ["1"]]
     list(score.checking(source(labels)).tables())
     list(score.counted([(rows(labels), [[["0"], ["1"]]])]))
@@ -56,10 +57,10 @@ def test_a_label_that_multi_label_training_lacked_is_missed() -> None:
 
 
 def test_precision_and_recall_of_the_positive_class() -> None:
-    score = Score(replace(TRAINED, label_names=["ham", "spam"], threshold=0.1, positive=1), "y")
+    score = Score(replace(TRAINED, label_names=["ham", "spam"], rule=Rule(0.1, 1)), "y")
     list(score.counted([(rows(["ham", "ham", "spam", "spam"]), [["ham", "spam", "spam", "spam"]])]))
     assert str(score).endswith("; 'spam': precision 66.67%, recall 100.00%")
-    score = Score(replace(TRAINED, label_names=["ham", "spam"], threshold=0.9, positive=1), "y")
+    score = Score(replace(TRAINED, label_names=["ham", "spam"], rule=Rule(0.9, 1)), "y")
     list(score.counted([(rows(["ham", "spam"]), [["ham", "ham"]])]))
     assert str(score).endswith("; 'spam': no precision, recall 0.00%")
 
@@ -131,7 +132,7 @@ def test_a_label_in_another_spelling_is_shown_by_its_codes() -> None:
 
 @pytest.mark.parametrize("separator", [None, ";"])
 def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) -> None:
-    multi, generator = replace(TRAINED, threshold=0.5), np.random.default_rng(0)
+    multi, generator = replace(TRAINED, rule=Rule(0.5)), np.random.default_rng(0)
     names = np.array(multi.label_names)
     true, answers = generator.random((2, 50, 3)) < 0.4
     lists: list[Any] = [names[row].tolist() for row in true]
@@ -169,13 +170,13 @@ def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) ->
     ],
 )
 def test_lists_that_cannot_be_counted_are_refused(labels: list[Any], separator: str | None, message: str) -> None:
-    score = Score(replace(TRAINED, threshold=0.5), "y", separator=separator)
+    score = Score(replace(TRAINED, rule=Rule(0.5)), "y", separator=separator)
     line = refusal_of(list, score.checking(source(labels)).tables())
     assert line.replace("--label_column y: ", "") == message
 
 
 def test_texts_that_all_have_no_label_are_scored_where_labels_are_lists() -> None:
-    score = Score(replace(TRAINED, threshold=0.5), "y")
+    score = Score(replace(TRAINED, rule=Rule(0.5)), "y")
     assert list(score.checking(source([[], []])).tables())
     assert refusal_of(list, score.checking(source([None, None])).tables()).endswith("has no label: leave it out")
 
@@ -208,7 +209,7 @@ def test_any_file_of_a_folder_with_other_names_may_have_trained_the_run(tmp_path
 
 def test_with_a_separator_an_empty_cell_is_a_text_without_a_label_as_in_training() -> None:
     for empty in ("", None):
-        score = Score(replace(TRAINED, threshold=0.5), "y", separator=";")
+        score = Score(replace(TRAINED, rule=Rule(0.5)), "y", separator=";")
         list(score.counted([(rows(["0", empty]), [[["0"], ["1"]]])]))
         assert str(score).startswith("exact match 50.00%"), empty
         assert str(score).endswith("; 2 labelled and answered texts")

@@ -6,6 +6,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.prediction.trained import read_trained
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 
 CONFIG = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}, "max_position_embeddings": 64}
 
@@ -23,7 +24,7 @@ def test_an_exported_folder(tmp_path: Path) -> None:
     found = read_trained(folder(tmp_path / "packaged", CONFIG, {"model_max_length": 32}))
     assert found.exported
     assert found.label_names == ["bad", "good"]
-    assert found.threshold is None
+    assert found.rule == MOST_PROBABLE
     assert found.config.model.model_name == str(tmp_path / "packaged")
     assert (found.config.data.max_length, found.config.data.truncation) == (32, "head")
     found.check_pairs(True)
@@ -31,9 +32,9 @@ def test_an_exported_folder(tmp_path: Path) -> None:
     several = CONFIG | {"problem_type": "multi_label_classification"}
     numbers = CONFIG | {"id2label": {"0": 3, "1": 4}}
     assert read_trained(folder(tmp_path / "packaged", numbers)).label_names == ["3", "4"]
-    assert read_trained(folder(tmp_path / "packaged", several)).threshold == 0.5
-    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": 0.37})).threshold == 0.37
-    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": "x"})).threshold == 0.5
+    assert read_trained(folder(tmp_path / "packaged", several)).rule == Rule(0.5)
+    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": 0.37})).rule == Rule(0.37)
+    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": "x"})).rule == Rule(0.5)
 
 
 def test_an_exported_folder_of_a_run_with_windows(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 
 from finetuning.report.mislabelled import suspects
 from finetuning.report.texts import confident_mistakes, maybe_wrong, shortened
-from finetuning.runs.answers import Answers
+from finetuning.runs.answers import Answers, Rule
 
 
 def answers_with(probabilities: list[list[float]], labels: list[int]) -> Answers:
@@ -25,7 +25,7 @@ def test_the_most_confident_mistakes_come_first() -> None:
 def test_a_multi_label_mistake_is_as_confident_as_its_worst_decision() -> None:
     logits = np.log([[9.0, 1 / 4], [1 / 9, 99.0]])  # probabilities 0.9, 0.2 and 0.1, 0.99
     truth = np.array([[False, False], [True, True]])
-    found = confident_mistakes("test", Answers(np.arange(2), truth, logits, None, 0.5), ["a", "b"], None)
+    found = confident_mistakes("test", Answers(np.arange(2), truth, logits, None, Rule(0.5)), ["a", "b"], None)
     assert [(s.label, s.other, s.other_probability) for s in found] == [
         ("no label", "a", "90.0 %"),
         ("a, b", "b", "90.0 %"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from finetuning.runs.answers import Answers, read_answers
+from finetuning.runs.answers import Answers, Rule, read_answers
 from finetuning.runs.history import write_predictions
 
 
@@ -26,14 +26,14 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert validation.tokens.tolist() == [30, 70]
     assert validation.right.tolist() == [True, False]
     assert found["test"].given.tolist() == [[False, True, False]]
-    assert not validation.multi_label
+    assert not validation.rule.multi_label
 
 
 def test_multi_label_answers_are_lists(tmp_path: Path) -> None:
     logits, truth = np.array([[2.0, 0.5], [-2.0, -1.0]]), np.array([[1, 1], [0, 0]], dtype=np.int8)
     write_predictions(tmp_path, {"validation": (np.array([3, 7]), truth, logits)}, {"validation": {3: 30, 7: 70}})
-    validation = read_answers(tmp_path, threshold=0.7)["validation"]
-    assert validation.multi_label
+    validation = read_answers(tmp_path, Rule(0.7))["validation"]
+    assert validation.rule.multi_label
     assert validation.truth.tolist() == [[True, True], [False, False]]
     assert validation.given.tolist() == [[True, False], [False, False]]  # the sigmoid of 0.5 is 0.62
     assert validation.right.tolist() == [False, True]
@@ -48,7 +48,7 @@ def test_probabilities_and_losses_are_torchs() -> None:
     assert one.probabilities == pytest.approx(given.softmax(1).numpy())
     assert one.losses == pytest.approx(cross_entropy(given, torch.from_numpy(labels), reduction="none").numpy())
     truth = generator.random((50, 4)) < 0.5
-    several = Answers(np.arange(50), truth, logits, None, 0.3)
+    several = Answers(np.arange(50), truth, logits, None, Rule(0.3))
     expected = binary_cross_entropy_with_logits(given, torch.from_numpy(truth).double(), reduction="none")
     assert several.probabilities == pytest.approx(given.sigmoid().numpy())
     assert several.losses == pytest.approx(expected.mean(1).numpy())

@@ -7,6 +7,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, write_result
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers, read_validation
 from finetuning.runs.history import write_predictions
@@ -26,7 +27,7 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
     assert run.config.lora is not None
     assert (run.directory, run.config.lora.lora_r, run.label_names) == (tmp_path, 3, ["bad", "good"])
     assert run.result["test"] == {"accuracy": 0.5}
-    assert (run.threshold, run.base_files) == (None, {"model.safetensors": "1"})
+    assert (run.rule, run.base_files) == (MOST_PROBABLE, {"model.safetensors": "1"})
 
 
 def test_other_directories_are_refused(tmp_path: Path) -> None:
@@ -62,9 +63,9 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
 def test_answers_out_of_fold_play_validation(tmp_path: Path) -> None:
     stored = np.arange(2), np.array([0, 1]), np.array([[0.0, 1.0], [0.0, 1.0]], dtype=np.float32)
     write_predictions(tmp_path, {"validation": stored})
-    task = {"threshold": 0.8, "positive_label": "b"}
-    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], 0.8, {}, {"kfold": {}, "task": task})
-    assert (run.positive, run.multi_label) == (1, False)
+    rule = Rule.of_task({"threshold": 0.8, "positive_label": "b"}, ["a", "b"])
+    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], rule, {}, {"kfold": {}})
+    assert (run.rule.positive, run.rule.multi_label) == (1, False)
     found = read_validation(run)
     assert found.given.tolist() == [[True, False]] * 2, "b has 0.73, less than the threshold"
     assert found.right.tolist() == [True, False]
@@ -72,14 +73,15 @@ def test_answers_out_of_fold_play_validation(tmp_path: Path) -> None:
     cooled = found.cooled(2)
     assert cooled.given.tolist() == found.given.tolist(), "the threshold moves with the probabilities"
     assert cooled.confidence == pytest.approx(1 / (1 + np.e**0.5))
-    assert replace(found, threshold=0.0005).cooled(0.01).threshold == pytest.approx(0.0), "it does not overflow"
+    least = replace(found, rule=Rule(0.0005, 1)).cooled(0.01).rule.threshold
+    assert least == pytest.approx(0.0), "it does not overflow"
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])
 def test_the_answers_of_a_run_are_read_or_refused(tmp_path: Path, threshold: float | None) -> None:
     logits = np.array([[0.5, 1.5], [2.0, -1.0]], dtype=np.float32)
     write_predictions(tmp_path, {"test": (np.array([7, 9]), np.array([0, 1]), logits)})
-    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], threshold, {}, {})
+    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], Rule(threshold), {}, {})
     found = read_own_answers(run)["test"]
     assert found.rows.tolist() == [7, 9]
     assert found.given.tolist() == [[threshold is not None, True], [True, False]]

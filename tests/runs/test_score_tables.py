@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetuning.runs.answers import Answers
+from finetuning.runs.answers import Answers, Rule
 from finetuning.runs.score_tables import class_table, score_table
 from tests.common import answers_of
 
@@ -44,7 +44,7 @@ def test_the_baseline_is_next_to_the_run() -> None:
 @pytest.mark.parametrize(("threshold", "name"), [(None, "accuracy"), (0.5, "exact match")])
 def test_the_accuracy_of_multi_label_runs_is_the_exact_match(threshold: float | None, name: str) -> None:
     result: dict[str, Any] = {"test": {"accuracy": 0.5, "micro_f1": 0.7}}
-    answers = Answers(np.arange(4), np.eye(4, dtype=bool), np.eye(4), None, threshold)
+    answers = Answers(np.arange(4), np.eye(4, dtype=bool), np.eye(4), None, Rule(threshold))
     assert [row[0] for row in score_table(result, {"test": answers}).rows] == [name, "micro F1", "texts"]
 
 
