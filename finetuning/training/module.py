@@ -6,6 +6,7 @@ over all texts of the step, however they are spread over batches and ranks.
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ class FineTuning(pl.LightningModule):
         # load_best restores the scores and predictions of the best epoch from here.
         checkpoint["kernels"] = _kind(self.kernels)
         checkpoint["scores"] = dict(self.scores)
-        checkpoint["decoding"] = dict(self.task.decoding)
+        threshold = self.task.rule.threshold
+        checkpoint["decoding"] = {} if threshold is None else {"threshold": threshold}
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -187,7 +189,7 @@ class FineTuning(pl.LightningModule):
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.scores = dict(checkpoint["scores"])
-        self.task.decoding.update(checkpoint["decoding"])
+        self.task.rule = replace(self.task.rule, **checkpoint["decoding"])
         self.predictions = {s: tuple(t.numpy().copy() for t in p) for s, p in checkpoint["predictions"].items()}
 
     def record(self, split: str) -> dict[str, Any]:

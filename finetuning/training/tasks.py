@@ -4,6 +4,7 @@ A task is a module, so that its weights move to the device with the classifier. 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
 from finetuning.errors import UserError
+from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.scores import FAIR_MONITORS, f1, matthews
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 from finetuning.training.class_weights import class_weights, label_weights
@@ -21,11 +23,48 @@ MOST_SHOWN = 500  # classes in the confusion matrix of ``result.json``
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
 
 
-class SingleLabel(nn.Module):
-    """Each text has one of several classes: softmax and cross-entropy.
+class _Task(nn.Module):
+    """What all tasks have.
 
     Args:
         names: the names of the classes, in the order of the logits.
+        weights: (classes,) as the task uses them.
+        rule: which labels a text gets.
+        tuned: whether validation chooses the threshold of the rule.
+    """
+
+    kind: str
+    weights: Tensor | None
+
+    def __init__(self, names: Sequence[str], weights: Tensor | None, rule: Rule, tuned: bool = False) -> None:
+        super().__init__()
+        self.names, self.rule, self.tuned = list(names), rule, tuned
+        self.register_buffer("weights", weights, persistent=False)
+
+    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
+        """Sets the threshold with the highest F1 of the positive class, or micro F1 of all labels, if it is tuned."""
+        if not self.tuned:
+            return
+        if self.rule.positive is not None:
+            labels, logits = labels == self.rule.positive, (logits - logits[:, ::-1])[:, self.rule.positive]
+        self.rule = replace(self.rule, threshold=best_threshold(labels == 1, probabilities_of(logits)))
+
+    def record(self) -> dict[str, Any]:
+        """What ``result.json`` says about the task."""
+        weights = None if self.weights is None else dict(zip(self.names, self.weights.tolist(), strict=True))
+        found: dict[str, Any] = {"kind": self.kind, "class_weights": weights}
+        if self.rule.threshold is not None:
+            found |= {"threshold": self.rule.threshold, "threshold_tuned": self.tuned}
+        if self.rule.positive is not None:
+            found["positive_label"] = self.names[self.rule.positive]
+        return found
+
+
+class SingleLabel(_Task):
+    """Each text has one of several classes: softmax and cross-entropy.
+
+    Args:
+        names, rule, tuned: as in ``_Task``.
         weights: (classes,) the weight of a training text by its class; ``None`` weighs all texts alike.
         smoothing: the share of a label that is spread over all classes in training (Szegedy et al. 2016).
     """
@@ -34,13 +73,12 @@ class SingleLabel(nn.Module):
     monitors = ("accuracy", "macro_f1", "mcc", "auroc", "loss")
     fair_monitors = FAIR_MONITORS
 
-    weights: Tensor | None
-
-    def __init__(self, names: Sequence[str], weights: Tensor | None = None, smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.names, self.smoothing = list(names), smoothing
-        self.decoding: dict[str, float] = {}  # what turns logits into answers and is kept in checkpoints: nothing
-        self.register_buffer("weights", weights, persistent=False)
+    def __init__(
+        self, names: Sequence[str], weights: Tensor | None = None, smoothing: float = 0.0, rule: Rule = MOST_PROBABLE,
+        tuned: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(names, weights, rule, tuned)
+        self.smoothing = smoothing
 
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum over texts of the weighted and smoothed loss: ``(B, classes), (B,) -> ()``."""
@@ -50,12 +88,13 @@ class SingleLabel(nn.Module):
         """The plain loss of each text, so that runs with other weights can be compared: ``-> (B,)``."""
         return cross_entropy(logits, labels, reduction="none")
 
-    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
-        """Nothing: the most probable class is the answer."""
-
     def ranked(self, logits: np.ndarray) -> np.ndarray:
-        """Logits of which the highest is the answer, (n, classes)."""
-        return logits
+        """Logits of which the highest is the answer: the positive class's are moved by the logit of the threshold."""
+        if self.rule.threshold is None:
+            return logits
+        shift = np.zeros(2, dtype=logits.dtype)
+        shift[self.rule.positive] = np.log(1 / self.rule.threshold - 1)
+        return np.asarray(logits + shift)
 
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split. ``auroc`` is missing if all labels are equal.
@@ -101,68 +140,18 @@ class SingleLabel(nn.Module):
         """Texts of each class, (classes,)."""
         return np.bincount(labels, minlength=len(self.names))
 
-    def record(self) -> dict[str, Any]:
-        """What ``result.json`` says about the task."""
-        weights = None if self.weights is None else dict(zip(self.names, self.weights.tolist(), strict=True))
-        return {"kind": self.kind, "class_weights": weights}
 
-
-class Binary(SingleLabel):
-    """Two classes, one of them positive: a text gets it if its probability is above a threshold, else the other one.
-
-    Args:
-        names, weights, smoothing: as in ``SingleLabel``.
-        positive: the position of the positive class.
-        threshold: ``None`` chooses the one with the highest F1 of the positive class on validation.
-    """
-
-    def __init__(
-        self, names: Sequence[str], weights: Tensor | None, smoothing: float, positive: int, threshold: float | None
-    ) -> None:
-        super().__init__(names, weights, smoothing)
-        self.positive, self.tuned = positive, threshold is None
-        self.decoding = {"threshold": DEFAULT_THRESHOLD if threshold is None else threshold}
-
-    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
-        """Sets the threshold, if the run asks for it."""
-        if self.tuned:
-            probabilities = probabilities_of(logits[:, self.positive] - logits[:, 1 - self.positive])
-            self.decoding["threshold"] = best_threshold(labels == self.positive, probabilities)
-
-    def ranked(self, logits: np.ndarray) -> np.ndarray:
-        """Logits of which the highest is the answer: the positive class's moved by the logit of the threshold."""
-        shift = np.zeros(2, dtype=logits.dtype)
-        shift[self.positive] = np.log(1 / self.decoding["threshold"] - 1)
-        return np.asarray(logits + shift)
-
-    def record(self) -> dict[str, Any]:
-        """What ``result.json`` says about the task."""
-        named = {"threshold_tuned": self.tuned, "positive_label": self.names[self.positive]}
-        return super().record() | self.decoding | named
-
-
-class MultiLabel(nn.Module):
+class MultiLabel(_Task):
     """Each text has any number of labels: a sigmoid and binary cross-entropy for each label.
 
     Args:
-        names: the names of the labels, in the order of the logits.
+        names, rule, tuned: as in ``_Task``.
         weights: (labels,) the weight of each label in the training texts that have it; ``None`` is 1.
-        threshold: the probability above which a label is given; ``None`` chooses it on validation.
     """
 
     kind = "multi-label"
     monitors = ("accuracy", "macro_f1", "micro_f1", "auroc", "loss")  # accuracy is the exact match of all labels
     fair_monitors = ("macro_f1", "auroc")
-
-    weights: Tensor | None
-
-    def __init__(
-        self, names: Sequence[str], weights: Tensor | None = None, threshold: float | None = DEFAULT_THRESHOLD
-    ) -> None:
-        super().__init__()
-        self.names, self.tuned = list(names), threshold is None
-        self.decoding = {"threshold": DEFAULT_THRESHOLD if threshold is None else threshold}
-        self.register_buffer("weights", weights, persistent=False)
 
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum over texts of the mean weighted loss over labels: ``(B, labels), (B, labels) -> ()``."""
@@ -175,12 +164,7 @@ class MultiLabel(nn.Module):
 
     def given(self, logits: np.ndarray) -> np.ndarray:
         """The labels that each text gets, (n, labels) bool."""
-        return probabilities_of(logits) > self.decoding["threshold"]
-
-    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
-        """Sets the threshold with the highest micro F1 on validation, if the run asks for it."""
-        if self.tuned:
-            self.decoding["threshold"] = best_threshold(labels == 1, probabilities_of(logits))
+        return self.rule.given(probabilities_of(logits))
 
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split; ``accuracy`` is the share of texts with exactly the right labels.
@@ -229,11 +213,6 @@ class MultiLabel(nn.Module):
     def counts(self, labels: np.ndarray) -> np.ndarray:
         """Texts with each label, (labels,)."""
         return labels.sum(0, dtype=np.int64)
-
-    def record(self) -> dict[str, Any]:
-        """What ``result.json`` says about the task."""
-        weights = None if self.weights is None else dict(zip(self.names, self.weights.tolist(), strict=True))
-        return {"kind": self.kind, "class_weights": weights, **self.decoding, "threshold_tuned": self.tuned}
 
 
 Task = SingleLabel | MultiLabel
@@ -292,7 +271,8 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
             training text of a multi-label task has a label.
     """
     task: Task
-    threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)
+    tuned = training.threshold == "tuned"
+    threshold = DEFAULT_THRESHOLD if tuned else float(training.threshold or DEFAULT_THRESHOLD)
     if labels["train"].ndim == 2:
         if not labels["train"].any():
             raise UserError("--label_column: no training text has a label: give other data, or a larger --limit_train")
@@ -302,12 +282,12 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
             )
         if training.positive_label is not None:
             raise UserError(f"--positive_label {training.positive_label}: needs two classes, not a multi-label task")
-        task = MultiLabel(names, label_weights(training.class_weights, names, labels["train"]), threshold)
+        task = MultiLabel(names, label_weights(training.class_weights, names, labels["train"]), Rule(threshold), tuned)
     else:
         counts = np.bincount(labels["train"], minlength=len(names))
-        options = class_weights(training.class_weights, names, counts), training.label_smoothing
-        positive = positive_class(names, training)
-        task = SingleLabel(names, *options) if positive is None else Binary(names, *options, positive, threshold)
+        weights, positive = class_weights(training.class_weights, names, counts), positive_class(names, training)
+        rule = MOST_PROBABLE if positive is None else Rule(threshold, positive)
+        task = SingleLabel(names, weights, training.label_smoothing, rule, tuned)
     check_monitor(task, training.monitor, labels["validation"])
     return task
 

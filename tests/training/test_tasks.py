@@ -5,9 +5,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.runs.answers import Rule
 from finetuning.settings import TrainingSettings
 from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice, spelling_advice
-from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, make_task
+from finetuning.training.tasks import MultiLabel, SingleLabel, make_task
 from tests.common import refusal_of
 
 NAMES = ["bad", "fair", "good"]
@@ -110,17 +111,18 @@ def test_a_class_that_is_not_named_weighs_1() -> None:
 
 
 TRUTH = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]], dtype=np.int8)
+HALF = Rule(0.5)
 GIVEN = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
 
 
 def test_multi_label_loss_is_the_mean_over_labels() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 3), torch.from_numpy(TRUTH)
-    task = MultiLabel(NAMES)
+    task = MultiLabel(NAMES, None, HALF)
     plain = binary_cross_entropy_with_logits(logits, labels.float())
     assert float(task.training_loss(logits, labels) / 4) == pytest.approx(float(plain))
     assert float(task.losses(logits, labels).mean()) == pytest.approx(float(plain))
-    weighted = MultiLabel(NAMES, torch.tensor([1.0, 3.0, 1.0]))
+    weighted = MultiLabel(NAMES, torch.tensor([1.0, 3.0, 1.0]), HALF)
     heavier = -3 * (labels * logits.sigmoid().log())[:, 1] - ((1 - labels) * (-logits).sigmoid().log())[:, 1]
     kept = [0, 2]
     others = binary_cross_entropy_with_logits(logits[:, kept], labels[:, kept].float(), reduction="sum") / 3
@@ -129,7 +131,7 @@ def test_multi_label_loss_is_the_mean_over_labels() -> None:
 
 
 def test_multi_label_scores_by_hand() -> None:
-    task, logits = MultiLabel(NAMES), (GIVEN * 4 - 2).astype(np.float32)
+    task, logits = MultiLabel(NAMES, None, HALF), (GIVEN * 4 - 2).astype(np.float32)
     scores, details = task.scores(TRUTH, logits), task.details(TRUTH, logits)
     assert scores["accuracy"] == details["exact_match"] == 2 / 4
     assert scores["micro_f1"] == pytest.approx(2 * 3 / (4 + 4))
@@ -149,11 +151,11 @@ def test_the_threshold_is_the_one_of_validation() -> None:
         np.log(probabilities / (1 - probabilities)).astype(np.float32),
         (probabilities > 0.25).astype(np.int8),
     )
-    fixed, tuned = MultiLabel(["a", "b"]), MultiLabel(["a", "b"], threshold=None)
+    fixed, tuned = MultiLabel(["a", "b"], None, HALF), MultiLabel(["a", "b"], None, HALF, tuned=True)
     for task in (fixed, tuned):
         task.tune(truth, logits)
-    assert fixed.decoding == {"threshold": 0.5}
-    assert tuned.decoding == {"threshold": 0.25}  # of 0.20 to 0.25, which are equal, the nearest to 0.5
+    assert fixed.rule == Rule(0.5)
+    assert tuned.rule == Rule(0.25)  # of 0.20 to 0.25, which are equal, the nearest to 0.5
     assert (fixed.scores(truth, logits)["micro_f1"], tuned.scores(truth, logits)["micro_f1"]) == (0, 1)
     assert fixed.only_answer(logits) == "no label"
     assert tuned.only_answer(logits) is None
@@ -190,7 +192,7 @@ def test_a_threshold_needs_a_multi_label_task_or_two_classes(threshold: str) -> 
     with pytest.raises(UserError, match=f"^--threshold {threshold}: needs multi-label data or two classes, not 3$"):
         make_task(labels, NAMES, training(threshold=threshold))
     task = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold=threshold))
-    assert task.decoding == {"threshold": 0.5 if threshold == "tuned" else 0.3}
+    assert task.rule == Rule(0.5 if threshold == "tuned" else 0.3)
 
 
 # --- two classes, one of them positive
@@ -198,9 +200,9 @@ def test_a_threshold_needs_a_multi_label_task_or_two_classes(threshold: str) -> 
 TWO = {"train": np.array([0, 1]), "validation": np.array([0, 1])}
 
 
-def of_two(positive: str, **settings: object) -> Binary:
+def of_two(positive: str, **settings: object) -> SingleLabel:
     task = make_task(TWO, ["ham", "spam"], training(positive_label=positive, **settings))
-    assert isinstance(task, Binary)
+    assert isinstance(task, SingleLabel)
     return task
 
 
@@ -210,7 +212,7 @@ def test_the_threshold_of_two_classes_has_the_best_f1_of_the_positive_one() -> N
     task = of_two("spam", threshold="tuned")
     assert task.scores(labels, logits)["accuracy"] == pytest.approx(0.8)  # with 0.5
     task.tune(labels, logits)
-    assert task.decoding == {"threshold": 0.29}, "F1 4 / 5; of 0.20 to 0.29, which are equal, the nearest to 0.5"
+    assert task.rule == Rule(0.29, 1), "F1 4 / 5; of 0.20 to 0.29, which are equal, the nearest to 0.5"
     assert task.ranked(logits).argmax(1).tolist() == [0, 0, 1, 1, 1]
     assert task.details(labels, logits)["per_class"]["spam"]["f1"] == pytest.approx(4 / 5)
     assert task.scores(labels, logits)["auroc"] == SingleLabel(["ham", "spam"]).scores(labels, logits)["auroc"]
