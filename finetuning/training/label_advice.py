@@ -100,7 +100,7 @@ def chance_advice(
     if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
     truth = labels[:, None] == np.arange(len(task.names))
-    answers = Answers(np.arange(len(labels)), truth, task.ranked(logits))
+    answers = Answers(np.arange(len(labels)), truth, logits.astype(np.float64), rule=task.rule)
     if shows_learning(answers, kfold):
         return []
     largest = truth.sum(0).max() / len(labels)

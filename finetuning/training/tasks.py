@@ -5,6 +5,7 @@ A task is a module, so that its weights move to the device with the classifier. 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
 from finetuning.errors import UserError
-from finetuning.runs.answers import MOST_PROBABLE, Rule
+from finetuning.runs.answers import MOST_PROBABLE, Rule, unlabelled
 from finetuning.runs.scores import FAIR_MONITORS, f1, matthews
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 from finetuning.training.class_weights import class_weights, label_weights
@@ -40,6 +41,17 @@ class _Task(nn.Module):
         super().__init__()
         self.names, self.rule, self.tuned = list(names), rule, tuned
         self.register_buffer("weights", weights, persistent=False)
+
+    def given(self, logits: np.ndarray) -> np.ndarray:
+        """The labels that each text gets, (n, classes) bool, as whoever reads ``predictions.parquet`` finds them."""
+        return unlabelled(logits.astype(np.float64), self.rule).given
+
+    def only_answer(self, logits: np.ndarray) -> str | None:
+        """The labels that all texts get; ``None`` if they get different ones."""
+        given = self.given(logits)
+        if (given != given[0]).any():
+            return None
+        return ", ".join(compress(self.names, given[0])) or "no label"
 
     def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
         """Sets the threshold with the highest F1 of the positive class, or micro F1 of all labels, if it is tuned."""
@@ -88,14 +100,6 @@ class SingleLabel(_Task):
         """The plain loss of each text, so that runs with other weights can be compared: ``-> (B,)``."""
         return cross_entropy(logits, labels, reduction="none")
 
-    def ranked(self, logits: np.ndarray) -> np.ndarray:
-        """Logits of which the highest is the answer: the positive class's are moved by the logit of the threshold."""
-        if self.rule.threshold is None:
-            return logits
-        shift = np.zeros(2, dtype=logits.dtype)
-        shift[self.rule.positive] = np.log(1 / self.rule.threshold - 1)
-        return np.asarray(logits + shift)
-
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split. ``auroc`` is missing if all labels are equal.
 
@@ -103,13 +107,14 @@ class SingleLabel(_Task):
             labels: (n,) classes.
             logits: (n, classes).
         """
-        given, predicted = torch.from_numpy(labels), torch.from_numpy(self.ranked(logits))
+        answered = self.given(logits).argmax(1)
+        given, predicted = torch.from_numpy(labels), torch.from_numpy(answered)
         count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
         found = {
             "accuracy": metrics.multiclass_accuracy(predicted, given, average="micro", **count),
             "macro_f1": metrics.multiclass_f1_score(predicted, given, average="macro", **count),
         }
-        answered = predicted.numpy().argmax(1)  # torchmetrics' MCC has a matrix of all pairs of classes
+        # torchmetrics' MCC has a matrix of all pairs of classes
         right, answers, truth = (self.counts(part)[None] for part in (labels[answered == labels], answered, labels))
         found["mcc"] = matthews(right, answers, truth, len(labels))[0]
         one_hot = given[:, None] == torch.arange(len(self.names))
@@ -118,7 +123,7 @@ class SingleLabel(_Task):
 
     def details(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
         """Precision, recall, F1 and support by class, and the confusion matrix of few: a row for each true class."""
-        given, predicted = torch.from_numpy(labels), torch.from_numpy(self.ranked(logits))
+        given, predicted = torch.from_numpy(labels), torch.from_numpy(self.given(logits).argmax(1))
         count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
         columns = {
             "precision": metrics.multiclass_precision(predicted, given, average=None, **count).tolist(),
@@ -130,11 +135,6 @@ class SingleLabel(_Task):
         if len(self.names) > MOST_SHOWN:  # the matrix would make a file of hundreds of megabytes
             return record
         return record | {"confusion_matrix": metrics.multiclass_confusion_matrix(predicted, given, **count).tolist()}
-
-    def only_answer(self, logits: np.ndarray) -> str | None:
-        """The class that all texts get; ``None`` if they get different ones."""
-        predicted = np.unique(self.ranked(logits).argmax(1))
-        return self.names[predicted[0]] if len(predicted) == 1 else None
 
     def counts(self, labels: np.ndarray) -> np.ndarray:
         """Texts of each class, (classes,)."""
@@ -161,10 +161,6 @@ class MultiLabel(_Task):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The plain loss of each text, the mean over labels: ``-> (B,)``."""
         return binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1)
-
-    def given(self, logits: np.ndarray) -> np.ndarray:
-        """The labels that each text gets, (n, labels) bool."""
-        return self.rule.given(probabilities_of(logits))
 
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split; ``accuracy`` is the share of texts with exactly the right labels.
@@ -202,13 +198,6 @@ class MultiLabel(_Task):
         }
         exact = float((truth == answers).all(1).float().mean())
         return {"exact_match": exact, "per_class": by_name(self.names, columns)}
-
-    def only_answer(self, logits: np.ndarray) -> str | None:
-        """The labels that all texts get; ``None`` if they get different ones."""
-        answers = np.unique(self.given(logits), axis=0)
-        if len(answers) > 1:
-            return None
-        return ", ".join(np.array(self.names)[answers[0]]) or "no label"
 
     def counts(self, labels: np.ndarray) -> np.ndarray:
         """Texts with each label, (labels,)."""

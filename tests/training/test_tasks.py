@@ -213,7 +213,7 @@ def test_the_threshold_of_two_classes_has_the_best_f1_of_the_positive_one() -> N
     assert task.scores(labels, logits)["accuracy"] == pytest.approx(0.8)  # with 0.5
     task.tune(labels, logits)
     assert task.rule == Rule(0.29, 1), "F1 4 / 5; of 0.20 to 0.29, which are equal, the nearest to 0.5"
-    assert task.ranked(logits).argmax(1).tolist() == [0, 0, 1, 1, 1]
+    assert task.given(logits).argmax(1).tolist() == [0, 0, 1, 1, 1]
     assert task.details(labels, logits)["per_class"]["spam"]["f1"] == pytest.approx(4 / 5)
     assert task.scores(labels, logits)["auroc"] == SingleLabel(["ham", "spam"]).scores(labels, logits)["auroc"]
     assert task.record() == {
@@ -222,7 +222,15 @@ def test_the_threshold_of_two_classes_has_the_best_f1_of_the_positive_one() -> N
     }  # fmt: skip
     ham = of_two("ham", threshold="0.75")
     ham.tune(labels, logits)
-    assert ham.ranked(logits).argmax(1).tolist() == [0, 0, 1, 1, 1], "ham only above 0.75"
+    assert ham.given(logits).argmax(1).tolist() == [0, 0, 1, 1, 1], "ham only above 0.75"
+
+
+@pytest.mark.parametrize("positive", ["ham", "spam"])
+def test_a_probability_at_the_threshold_is_not_above_it(positive: str) -> None:
+    labels, logits = np.array([0, 1]), np.zeros((2, 2), dtype=np.float32)
+    other = {"ham": "spam", "spam": "ham"}[positive]
+    assert of_two(positive, threshold="0.5").only_answer(logits) == other
+    assert of_two(positive, threshold="0.5").details(labels, logits)["per_class"][positive]["recall"] == 0
 
 
 def test_the_positive_label_is_the_second_one_or_a_named_one() -> None:
