@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import finetune_lora
 from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
 from finetuning.comparison import execution
-from finetuning.comparison.execution import Starter, StopSignals, StudyExecution
+from finetuning.comparison.execution import CurrentRun, CurrentRuns, Starter, StudyExecution
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
@@ -117,7 +117,7 @@ def test_a_run_that_fails_elsewhere_in_the_meantime_is_not_tried_again(capsys: p
     runs = plan("")
     (run,) = runs.study.runs
     leave_run(runs, run, "failed", error="no memory left")
-    execution = StudyExecution(runs, Path("finetune_lora.py"), [run], True, StopSignals(), 1)
+    execution = StudyExecution(runs, Path("finetune_lora.py"), [run], True, CurrentRuns(), 1)
     execution.failed_before = {run.name: runs.result(run)}
     leave_run(runs, run, "failed", error="no space left")
     execution.take_up(run)
@@ -127,8 +127,8 @@ def test_a_run_that_fails_elsewhere_in_the_meantime_is_not_tried_again(capsys: p
 
 def test_an_error_of_the_command_stops_its_runs() -> None:
     def command(run: subprocess.Popen[bytes]) -> None:
-        with StopSignals().listening() as stop:
-            stop.add(run)
+        with CurrentRuns[CurrentRun]().listening() as current:
+            current.add(CurrentRun(child=run, claim=ExitStack()))
             raise OSError("no space left")
 
     with subprocess.Popen(["sleep", "60"]) as run, pytest.raises(OSError, match="no space left"):

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finetuning.comparison.collection import collect
-from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
+from finetuning.comparison.execution import CurrentRuns, StudyExecution, StudyRun, chosen_runs
 from finetuning.comparison.plan import STAGES, read_plan
 from finetuning.comparison.repository import Repository
 from finetuning.comparison.study_runs import StudyRuns
@@ -102,8 +102,8 @@ def run_command(options: argparse.Namespace) -> int:
         instead = "if these are others, delete these runs or give another --runs_dir"
         print(f"warning: {began} ({listed(older, 3)}): {instead}", file=sys.stderr)
     chosen = chosen_runs(runs, options.stage, options.index)
-    with StopSignals().listening() as stop:
-        return StudyExecution(runs, script(), chosen, options.retry_failed, stop, options.jobs).run_all()
+    with CurrentRuns[StudyRun]().listening() as current:
+        return StudyExecution(runs, script(), chosen, options.retry_failed, current, options.jobs).run_all()
 
 
 def count_command(options: argparse.Namespace) -> int:

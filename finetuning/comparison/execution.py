@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from finetuning.comparison.drawn import shown_settings
 from finetuning.comparison.plan import PlannedRun
@@ -37,23 +37,41 @@ Process = subprocess.Popen[bytes] | ForkedProcess
 CHOOSES_CARDS = frozenset({"--device", "--devices", "cpu"})  # cpu: of --accelerator
 
 
-class StopSignals:
-    """Passes Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP on to the current runs, which then end with a checkpoint.
+@dataclass(kw_only=True)
+class CurrentRun:
+    """A run whose process has been started."""
+
+    child: Process
+    claim: ExitStack  # closed when the run has ended
+    began: float = field(default_factory=time.monotonic)
+
+
+Run = TypeVar("Run", bound=CurrentRun)
+
+
+class CurrentRuns(Generic[Run]):
+    """The current runs. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP are passed on to them; then they end with a checkpoint.
 
     Each run is in a process group of its own, so that a Ctrl-C in a terminal reaches it once, not twice.
     """
 
     def __init__(self) -> None:
         self._received: list[int] = []
-        self._children: list[Process] = []
+        self._runs: list[Run] = []
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs)
+
+    def __len__(self) -> int:
+        return len(self._runs)
 
     @property
-    def received(self) -> bool:
+    def stopping(self) -> bool:
         """Whether the command was asked to stop."""
         return bool(self._received)
 
     @contextmanager
-    def listening(self) -> Iterator["StopSignals"]:
+    def listening(self) -> Iterator["CurrentRuns[Run]"]:
         """Receives the signals until the block ends. If an error ends it, the runs stop, which nobody would watch."""
         with handled(stop_signals(), self.receive):
             try:
@@ -66,28 +84,34 @@ class StopSignals:
         """Stops all runs. A terminal that is closed is none of theirs, so its SIGHUP reaches them as SIGTERM."""
         number = signal.SIGTERM if number == signal.SIGHUP else number
         self._received.append(number)
-        for child in self._children:
-            child.send_signal(number)
+        for run in self._runs:
+            run.child.send_signal(number)
 
-    def add(self, child: Process) -> None:
+    def add(self, run: Run) -> None:
         """A run that was started. It gets the signals that came while it was being started."""
-        self._children.append(child)
+        self._runs.append(run)
         for number in self._received:
-            child.send_signal(number)
+            run.child.send_signal(number)
 
-    def remove(self, child: Process) -> None:
-        """A run that has ended."""
-        self._children.remove(child)
+    def ended(self, watch: Callable[[Run], None] = lambda _: None) -> Iterator[Run]:
+        """Waits until a run has ended, a second at most. Each run that has is yielded, then its claim is closed."""
+        until, ended = time.monotonic() + LOOK_AGAIN_SECONDS, list[Run]()
+        while not ended and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            for run in self._runs:
+                watch(run)
+            ended = [run for run in self._runs if run.child.poll() is not None]
+        for run in ended:
+            self._runs.remove(run)
+            yield run
+            run.claim.close()
 
 
-@dataclass(frozen=True)
-class CurrentRun:
-    """A run whose process has been started."""
+@dataclass
+class StudyRun(CurrentRun):
+    """A run of the study."""
 
     run: PlannedRun
-    child: Process
-    began: float
-    lock: ExitStack  # closed when the run has ended
 
 
 def chosen_runs(runs: StudyRuns, stage: str, index: int | None = None) -> list[PlannedRun]:
@@ -179,12 +203,11 @@ class StudyExecution:
     script: Path  # ``finetune_lora.py``
     chosen: list[PlannedRun]  # the runs to do, in their order
     retry_failed: bool  # whether failed runs are started over
-    stop: StopSignals  # says whether the command was asked to stop
+    current: CurrentRuns[StudyRun]
     jobs: int  # how many runs are done at once
 
     def __post_init__(self) -> None:
         self.starter = Starter(self.script, self.jobs, fork=len(self.chosen) > 1)
-        self.current: list[CurrentRun] = []
         self.ended: dict[str, str] = {}  # run's name -> finished, failed
         self.failed_before: dict[str, dict[str, Any]] = {}  # results of runs to retry: a newer one is another's retry
         self.seconds: dict[str, float] = {}  # run's name -> its time, as far as it was needed
@@ -205,9 +228,9 @@ class StudyExecution:
             while len(self.ended) < len(self.chosen):
                 before = len(self.ended)
                 for run in self.chosen:
-                    if run.name not in self.ended and not self.stop.received and len(self.current) < self.jobs:
+                    if run.name not in self.ended and not self.current.stopping and len(self.current) < self.jobs:
                         self.take_up(run)
-                if self.stop.received and not self.current:
+                if self.current.stopping and not self.current:
                     print("interrupted: run the same command again to continue", file=sys.stderr)
                     return 130
                 if len(self.ended) == before:
@@ -243,8 +266,7 @@ class StudyExecution:
                 self.ended[run.name] = "finished"
             else:
                 child = self.start(planned, state, lock)
-                self.current.append(CurrentRun(planned, child, time.monotonic(), stack.pop_all()))
-                self.stop.add(child)
+                self.current.add(StudyRun(planned, child=child, claim=stack.pop_all()))
 
     def finished_before_its_tuning_went(self, run: PlannedRun) -> bool:
         """Whether a final run has finished with settings that its tuning tried, and some of that was removed since."""
@@ -278,19 +300,10 @@ class StudyExecution:
         return self.starter.start(words, log, lock, may_fork=alone, idle=not self.current)
 
     def wait(self) -> None:
-        """Waits until a current run has ended. If more could be started, it waits a second at most."""
-        until = time.monotonic() + LOOK_AGAIN_SECONDS
-        full = len(self.current) == self.jobs
-        ended: list[CurrentRun] = []
-        while not ended and (full or time.monotonic() < until):
-            time.sleep(POLL_SECONDS)
-            ended = [current for current in self.current if current.child.poll() is not None]
-        for current in ended:
-            self.current.remove(current)
-            self.stop.remove(current.child)
+        """Waits until a current run has ended, a second at most."""
+        for current in self.current.ended():
             self.seconds[current.run.name] = time.monotonic() - current.began
             self._note_result(current.run, current.child.wait())
-            current.lock.close()
 
     def _note_result(self, run: PlannedRun, status: int) -> None:
         """Notes how a run's process ended. One that was asked to stop stops the others as well."""
@@ -302,8 +315,8 @@ class StudyExecution:
             self.note_end(run, "finished", f"finished in {took}, {split} accuracy {result[split]['accuracy']:.2%}")
         elif status in STOPPED:
             print(f"{self.position_of(run)}  interrupted after {took}", flush=True)
-            if not self.stop.received:
-                self.stop.receive(signal.SIGTERM)
+            if not self.current.stopping:
+                self.current.receive(signal.SIGTERM)
         elif state == "failed" and status == 1:  # with another status the result is from an earlier attempt
             self.note_end(run, "failed", f"failed after {took}: {self.runs.result(run).get('error')}")
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.comparison.command import Add, add_studies, script
-from finetuning.comparison.execution import StopSignals
+from finetuning.comparison.execution import CurrentRuns
 from finetuning.comparison.repository import Repository
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, as_user_error, exit_status, say
@@ -268,16 +268,16 @@ def work(folder: Path, jobs: int) -> int:
     """One worker, from its first trial to the report. Returns the exit status."""
     from finetuning.tuning.report import finish, summary_lines
     from finetuning.tuning.sampler import Proposer, StoredProposer
-    from finetuning.tuning.search import Search
+    from finetuning.tuning.search import Job, Search
 
     plan = Plan.read(folder)
     known = (plan.space, plan.sampler, plan.seed, plan.minimize)
     proposer = StoredProposer(plan.storage, plan.study, *known) if plan.storage else Proposer(*known)
-    with StopSignals().listening() as stop:
-        search = Search(folder, plan, proposer, script(), jobs, stop)
+    with CurrentRuns[Job]().listening() as current:
+        search = Search(folder, plan, proposer, script(), jobs, current)
         with usable(folder):
             final = search.run()
-    if stop.received:
+    if current.stopping:
         resumed = called("compare", "tune", "--resume", "--output_dir", folder)
         say(f"interrupted; continue with: {resumed}\n{folder / BEST_RUN} is made when the search ends")
         return 130

@@ -7,19 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison.execution import (
-    LOOK_AGAIN_SECONDS,
-    POLL_SECONDS,
-    STOPPED,
-    Process,
-    Starter,
-    StopSignals,
-    last_line,
-)
+from finetuning.comparison.execution import LOOK_AGAIN_SECONDS, STOPPED, CurrentRun, CurrentRuns, Starter, last_line
 from finetuning.errors import counted
 from finetuning.flags import flag_words
 from finetuning.runs.files import METRICS, read_result, read_status
@@ -52,15 +44,12 @@ LAST_FLAGS = {"baseline": True, "report": True}
 
 
 @dataclass
-class Job:
+class Job(CurrentRun):
     """A run whose process has been started. ``number`` is the one of a trial; ``None`` for a last run."""
 
     place: Place
     number: int | None
     lock: int
-    claim: ExitStack  # closed when the run has ended
-    child: Process
-    began: float = field(default_factory=time.monotonic)
     changed: int = 0  # when its history changed
     seen: int = 0  # the last epoch that was judged
     pruned: int | None = None  # after this epoch
@@ -76,12 +65,11 @@ class Search:
     proposer: Proposer
     script: Path  # ``finetune_lora.py``
     jobs: int
-    stop: StopSignals  # says whether the command was asked to stop
+    current: CurrentRuns[Job]
 
     def __post_init__(self) -> None:
         self.trials = Trials(self.folder / TRIALS, self.plan.monitor)
         self.starter = Starter(self.script, self.jobs, fork=True)
-        self.current: list[Job] = []
         self._trials_until = math.inf  # by the monotonic clock; then the last runs must begin
         self._renewed = 0.0
         self._given_up: set[Path] = set()  # last runs that ended without a result of their own
@@ -107,10 +95,10 @@ class Search:
         """Trials, then last runs. Returns what ``run`` returns."""
         if self.decided() is None:
             self._work(self._next_trial, lambda: self.trials.running() > 0)
-        if self.stop.received or (final := self._choose()) is None:
+        if self.current.stopping or (final := self._choose()) is None:
             return None
         self._work(lambda: self._next_last(final), lambda: self._others_finish(final))
-        return None if self.stop.received else final
+        return None if self.current.stopping else final
 
     def decided(self) -> dict[str, Any] | None:
         """Who is trained again; ``None`` before that is decided."""
@@ -128,45 +116,35 @@ class Search:
         alone = False
         while True:
             self._reserve()
-            while not self.stop.received and len(self.current) < self.jobs and (job := take_up()) is not None:
-                self.current.append(job)
-                self.stop.add(job.child)
+            while not self.current.stopping and len(self.current) < self.jobs and (job := take_up()) is not None:
+                self.current.add(job)
             if self.current:
                 self._wait()
                 alone = False
-            elif self.stop.received or alone:
+            elif self.current.stopping or alone:
                 return
             elif not (alone := not others()):  # a worker that is killed leaves a run behind: so look once more
                 time.sleep(LOOK_AGAIN_SECONDS)
 
     def _wait(self) -> None:
         """Waits until a run has ended, a second at most, and watches the trials."""
-        until, ended = time.monotonic() + LOOK_AGAIN_SECONDS, list[Job]()
-        while not ended and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
-            for job in self.current:
-                self._watch(job)
-            ended = [job for job in self.current if job.child.poll() is not None]
+        for job in self.current.ended(self._watch):
+            self._note_end(job)
         if time.monotonic() - self._renewed > RENEW_SECONDS:
             renew([job.lock for job in self.current])
             self._renewed = time.monotonic()
-        for job in ended:
-            self.current.remove(job)
-            self.stop.remove(job.child)
-            self._note_end(job)
-            job.claim.close()
 
     def _start(self, place: Place, number: int | None, settings: dict[str, Any], lock: int, claim: ExitStack) -> Job:
         words = [str(self.starter.script), *flag_words({**self.plan.given, **TRIAL_FLAGS, **settings})]
         words += [*flag_words({"output_dir": place.directory}), *place.start_flags()]
         child = self.starter.start(words, place.log, lock, may_fork=True, idle=not self.current)
-        return Job(place, number, lock, claim.pop_all(), child)
+        return Job(place, number, lock, child=child, claim=claim.pop_all())
 
     # --- trials
 
     def _next_trial(self) -> Job | None:
         """Starts a trial whose worker is gone, or a new one if the time allows it."""
-        while not self.stop.received:
+        while not self.current.stopping:
             with ExitStack() as claim:
                 most = self.budget.trials
                 taken = self.trials.claim_released(claim)
@@ -296,9 +274,9 @@ class Search:
             self._end_finished(job.number, seconds)
         elif job.number is not None and job.stopped:
             self._end(job.number, OUT_OF_TIME, seconds=seconds)
-        elif self.stop.received or status in STOPPED:
-            if not self.stop.received:
-                self.stop.receive(signal.SIGTERM)
+        elif self.current.stopping or status in STOPPED:
+            if not self.current.stopping:
+                self.current.receive(signal.SIGTERM)
         elif job.number is not None:
             error = (
                 read_result(job.place.directory).get("error")

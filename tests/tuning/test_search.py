@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.comparison.execution import StopSignals
+from finetuning.comparison.execution import CurrentRuns
 from finetuning.runs.files import write_result
 from finetuning.storage import write_json
 from finetuning.tuning import report
@@ -19,7 +19,7 @@ PLAN = Plan("s", {}, "tpe", True, None, SPACE)
 
 
 def search_in(folder: Path) -> Search:
-    return Search(folder, PLAN, Proposer(SPACE, "tpe", 0, False), Path("finetune_lora.py"), 2, StopSignals())
+    return Search(folder, PLAN, Proposer(SPACE, "tpe", 0, False), Path("finetune_lora.py"), 2, CurrentRuns())
 
 
 def test_the_time_of_a_test_is_the_models_and_not_the_defaults(tmp_path: Path) -> None:
