@@ -130,10 +130,6 @@ def full_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
-def _in_bf16(job: Job) -> bool:
-    return resolve_hardware(job.config.hardware).dtype == torch.bfloat16
-
-
 # --- the common tutorial script
 
 
@@ -162,7 +158,8 @@ class Tutorial(Contestant):
         for _, parameter in FAMILY.head_parameters(self.model):
             parameter.requires_grad_(True)
         self.max_length = job.max_length
-        self.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=_in_bf16(job))
+        bf16 = resolve_hardware(job.config.hardware).dtype == torch.bfloat16
+        self.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=PEER_LEARNING_RATE)
 

@@ -139,9 +139,11 @@ def is_left_over(path: Path) -> bool:
 
 def readable_by_all(path: Path) -> None:
     """Gives a file, or all files in a folder, the usual rights: some libraries make files for the owner only."""
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file():
-            file.chmod(0o666 & ~_umask())
+            file.chmod(0o666 & ~mask)
 
 
 def _synchronize(path: Path) -> None:
@@ -151,12 +153,6 @@ def _synchronize(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask
 
 
 def sha256_of(path: Path) -> str:

@@ -375,11 +375,6 @@ def descendants(ancestor: int) -> list[int]:
     return found[1:]
 
 
-def process_of(directory: Path) -> int:
-    """The process that holds a run directory."""
-    return int(json.loads((directory / ".lock").read_text())["process"])
-
-
 def wait_for(text: str, log: Path) -> None:
     wait_until(lambda: log.exists() and text in log.read_text(), f"{text!r} in {log}")
 
@@ -421,7 +416,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
         with started(*words) as one, started(*words) as two:
             wait_for("epoch 1/6  batch 3", runs.log(killed))
             assert runs.state(killed) == "running"
-            run_process = process_of(runs.directory(killed))
+            run_process = int(json.loads((runs.directory(killed) / ".lock").read_text())["process"])
             (victim,) = (study for study in (one, two) if run_process in descendants(study.pid))
             victim.kill()
             os.kill(run_process, signal.SIGKILL)

@@ -75,12 +75,6 @@ def test_every_command_parses(command: str) -> None:
         assert words == ["source", ".venv/bin/activate"]
 
 
-def study_help() -> str:
-    """The help of all subcommands."""
-    (commands,) = (action.choices for action in make_study_parser()._actions if isinstance(action.choices, dict))
-    return "".join(parser.format_help() for parser in commands.values())
-
-
 def check_study_command(words: list[str]) -> None:
     options = make_study_parser().parse_args(words)
     if words[0] not in ("report", "tune"):
@@ -97,9 +91,9 @@ def benchmark_flags() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_is_mentioned_exists(document: str) -> None:
-    shown = [make_parser(DESCRIPTION).format_help(), make_predict_parser().format_help(), study_help()]
-    shown.append(make_export_parser().format_help())
-    known = set(re.findall(r"--\w+", "".join(shown))) | SLURM_FLAGS
+    (studies,) = (action.choices for action in make_study_parser()._actions if isinstance(action.choices, dict))
+    parsers = [make_parser(DESCRIPTION), make_predict_parser(), make_export_parser(), *studies.values()]
+    known = set(re.findall(r"--\w+", "".join(parser.format_help() for parser in parsers))) | SLURM_FLAGS
     text = re.sub(r"```.*?```", "", read(document), flags=re.DOTALL)  # commands have a test of their own
     for span in re.findall(r"`([^`\n]+)`", text):
         mentioned = set(re.findall(r"(?<![\w-])--[a-z_]+", span))

@@ -112,7 +112,8 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
             raise runs.Broken(f"did not start: {process.communicate()[0][-300:]}")
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf8").split()
-    ranks = [process.pid, next(int(pid) for pid in children if _is_run(int(pid)))]
+    other = next(int(pid) for pid in children if b"finetune_lora.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    ranks = [process.pid, other]
     time.sleep(generator.uniform(0, 2))
     if (directory / RESULT).exists():
         process.communicate()
@@ -152,7 +153,3 @@ def undisturbed_ranks(commands: Commands) -> Path:
     outcome = commands.fresh(words_of_ranks(commands, directory))
     require(outcome.status == 0, "the undisturbed run failed", outcome)
     return directory
-
-
-def _is_run(pid: int) -> bool:
-    return b"finetune_lora.py" in Path(f"/proc/{pid}/cmdline").read_bytes()

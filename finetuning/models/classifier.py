@@ -53,7 +53,9 @@ class Classifier(nn.Module):
         self.checkpointing = checkpointing
         self.window_pooling = window_pooling
         if checkpointing and not self.efficient:
-            _checkpoint_layers(model)
+            # newer versions of transformers have the first name, older ones only the second
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self._attention = getattr(model.config, "_attn_implementation", None)  # chosen by Hugging Face
         self._compiled = torch.compile(self._forward, dynamic=True) if compiled else None
 
@@ -174,10 +176,3 @@ def pool_windows(logits: Tensor, windows: Tensor, pooling: str) -> Tensor:
         pooling: ``mean`` or ``max``.
     """
     return torch.segment_reduce(logits, pooling, lengths=windows, unsafe=True)  # safe: a GPU would wait for its check
-
-
-def _checkpoint_layers(model: Any) -> None:
-    """Turns on gradient checkpointing in Hugging Face's own forward."""
-    # newer versions of transformers have the first name, older ones only the second
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})

@@ -286,7 +286,9 @@ class GracefulStop(Callback):
             return
         # Ranks receive a signal at different steps, and only the first one watches the clock. But all of them must
         # write a checkpoint, and stop, at the same step.
-        if not self._any_rank(trainer, self.requested or self._due(trainer)):
+        files: Any = trainer.strategy.checkpoint_io
+        due = self._due_by_steps(trainer) or (trainer.is_global_zero and files.due(self.minutes))
+        if not self._any_rank(trainer, self.requested or due):
             return
         stop = self._any_rank(trainer, self.requested)
         self.meter.tick(pl_module)
@@ -297,11 +299,6 @@ class GracefulStop(Callback):
     def on_test_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.requested and trainer.world_size == 1:
             raise Interrupted
-
-    def _due(self, trainer: pl.Trainer) -> bool:
-        """Whether this process finds that a checkpoint inside the epoch is due."""
-        files: Any = trainer.strategy.checkpoint_io
-        return self._due_by_steps(trainer) or (trainer.is_global_zero and files.due(self.minutes))
 
     def _due_by_steps(self, trainer: pl.Trainer) -> bool:
         """Whether ``--checkpoint_steps`` asks for one: all ranks know it without asking."""

@@ -130,7 +130,7 @@ def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
         for axis, row in zip(axes, rows, strict=False):
             for early in (True, False):
                 own = [(point[row.name], s) for point, s, ended in scored if ended == early and row.name in point]
-                places = [_place(row.values, value) for value, _ in own]
+                places = [float(row.values.index(v)) if row.values else float(str(v)) for v, _ in own]
                 values = [shown_score(plan, score) for _, score in own]
                 axis.plot(places, values, "o", markersize=4, color=GREY if early else COLORS[0])
             if row.values:
@@ -146,7 +146,3 @@ def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
         caption = f"The {score_label(plan)}, against each parameter."
         caption += " Grey: trials that ended early, at their last score."
         return Plot("slices.png", caption, partial(png_of, figure))
-
-
-def _place(values: Sequence[object], value: object) -> float:
-    return float(values.index(value)) if values else float(str(value))

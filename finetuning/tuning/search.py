@@ -97,7 +97,8 @@ class Search:
             self._work(self._next_trial, lambda: self.trials.running() > 0)
         if self.current.stopping or (final := self._choose()) is None:
             return None
-        self._work(lambda: self._next_last(final), lambda: self._others_finish(final))
+        places = last_places(self.folder, final).values()
+        self._work(lambda: self._next_last(final), lambda: any(place.is_claimed() for place in places))
         return None if self.current.stopping else final
 
     def decided(self) -> dict[str, Any] | None:
@@ -346,9 +347,6 @@ class Search:
                     settings = self.trials.read(number).settings | {"seed": seed} | LAST_FLAGS
                     return self._start(place, None, settings, lock, claim)
         return None
-
-    def _others_finish(self, final: dict[str, Any]) -> bool:
-        return any(place.is_claimed() for place in last_places(self.folder, final).values())
 
 
 def last_places(folder: Path, final: dict[str, Any]) -> dict[tuple[int, int], Place]:

@@ -49,17 +49,12 @@ def test_pairs_have_types_and_single_texts_have_no_tensor_for_them() -> None:
     assert types == {0: [0, 0, 1, 1, 1], 1: [0, 1, 1, 0, 0]}  # padding has type 0
 
 
-def windowed_lengths(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of texts of up to four equally long windows of 64 tokens, and the number of windows."""
-    lengths = review_lengths(n, seed, 4 * 64)
-    windows = -(-lengths // 64)
-    return -(-lengths // windows) * windows, windows
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shards", [1, 3])
 def test_windows_keep_the_bounds_of_a_batch_with_their_padding(seed: int, shards: int) -> None:
-    lengths, windows = windowed_lengths(997, seed)
+    lengths = review_lengths(997, seed, 4 * 64)
+    windows = -(-lengths // 64)
+    lengths = -(-lengths // windows) * windows  # the windows of a text are equally long
     batches = sampler(lengths, seed, batch_tokens=512, accumulate=shards, windows=windows)
     assert len(np.unique(windows)) == 4
     assert batches.plan.sizes.max() <= 16

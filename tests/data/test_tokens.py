@@ -156,13 +156,6 @@ TEXTS = [" ".join(str(i) for i in range(n)) for n, _ in LENGTHS]  # each number 
 PAIRS = [" ".join(str(i) for i in range(300, 300 + n)) for _, n in LENGTHS]
 
 
-def like_roberta(tokenizer: Any) -> Any:
-    """The packaged tokenizer with RoBERTa's two separators and without token types."""
-    backend = tokenizer.backend_tokenizer
-    backend.post_processor = RobertaProcessing(("[SEP]", 102), ("[CLS]", 101))
-    return tokenizer
-
-
 def sequences(tokens: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
     return [part.tolist() for part in np.split(tokens, offsets[1:-1])]
 
@@ -174,7 +167,8 @@ def test_pairs_are_those_of_the_tokenizer(
 ) -> None:
     monkeypatch.setitem(os.environ, "TOKENIZERS_PARALLELISM", "")
     del os.environ["TOKENIZERS_PARALLELISM"]
-    tokenizer = tokenizer if kind == "bert" else like_roberta(tokenizer)
+    if kind == "roberta":  # two separators, and no token types
+        tokenizer.backend_tokenizer.post_processor = RobertaProcessing(("[SEP]", 102), ("[CLS]", 101))
     data = DataSettings(max_length=max_length, truncation="head")
     tokens, offsets, second_positions, _ = encode_pairs(TEXTS, PAIRS, tokenizer, data)
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
