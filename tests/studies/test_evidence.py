@@ -355,7 +355,7 @@ def test_each_advice_has_its_row_in_best_practices() -> None:
 
 def test_every_study_has_a_place_on_the_page() -> None:
     elsewhere = {"smoke", "own_texts"}  # these have no results
-    elsewhere |= {"steps", "many_texts", "few_texts", "defaults", "defaults_methods"}  # docs/budget.md
+    elsewhere |= {"steps", "few_texts", "defaults", "defaults_methods"}  # docs/budget.md
     shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
     of_benchmarks = {
         "sets_baselines",
