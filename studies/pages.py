@@ -3,7 +3,7 @@
 Tables of several studies together, the suite's defaults, and README's picture of ``earlier_work``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,22 +38,23 @@ DEFAULT_FLAGS = {
 README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
 
-def page_tables(studies: "Sequence[Study]", compared: "Compared", link: str) -> dict[str, str]:
-    """Name of a table -> Markdown.
+def page_tables(studies: "Sequence[Study]", compared: "Compared", links: Collection[str]) -> dict[str, dict[str, str]]:
+    """Link -> name of a table -> Markdown.
 
     Args:
         compared: the pairs of each study's rows.
-        link: the way from the page to the results folder, for links to each study's full table.
+        links: ways from pages to the results folder, for links to each study's full table.
     """
     from studies import decisions, evidence, unequal
 
     by_name = {study.name: study for study in studies}
-    return evidence.evidence_tables(by_name, compared, link) | {
+    tables = {
         DEFAULT_RATES: default_rates_table(),
         DEFAULTS: defaults_table(),
         decisions.NAME: decisions.decisions_table(by_name),
         unequal.NAME: unequal.unequal_table(by_name),
     }
+    return {link: evidence.evidence_tables(by_name, compared, link) | tables for link in links}
 
 
 def page_plots(studies: "Sequence[Study]") -> "dict[str, Plot | None]":

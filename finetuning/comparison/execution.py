@@ -103,8 +103,8 @@ class CurrentRuns(Generic[Run]):
             ended = [run for run in self._runs if run.child.poll() is not None]
         for run in ended:
             self._runs.remove(run)
-            yield run
-            run.claim.close()
+            with run.claim:
+                yield run
 
 
 @dataclass

@@ -112,12 +112,10 @@ def build_report(repository: Repository) -> Report:
     texts[results / "summary.json"] = "[\n" + ",\n".join(rows) + "\n]\n"
     pairs = {name: comparisons for name, (comparisons, _) in compared.items()}
     links = {page: os.path.relpath(results, page.parent) for page in repository.pages}
-    linked = {
-        link: {ALL_STUDIES: studies_table(studies, link)} | repository.tables(studies, pairs, link)
-        for link in set(links.values())
-    }
+    more = repository.tables(studies, pairs, set(links.values()))
     for page, link in links.items():
-        texts[page] = page_with_tables(page, linked[link] | tables)
+        tables[ALL_STUDIES] = studies_table(studies, link)
+        texts[page] = page_with_tables(page, more.get(link, {}) | tables)
     return Report(texts, plots, sections)
 
 

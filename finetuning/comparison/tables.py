@@ -53,7 +53,7 @@ def _accuracy_title(records: Sequence[dict[str, Any]]) -> str:
     if any(r["accuracy_ci95_low"] is not None for r in records):
         parts.append("95 % interval")
     if any(r["accuracy_std"] is not None for r in records):
-        parts.append("± standard deviation over seeds")
+        parts.append("± SD")
     return ACCURACY + (f" ({', or '.join(parts)})" if parts else "")
 
 

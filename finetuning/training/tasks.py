@@ -49,7 +49,7 @@ class _Task(nn.Module):
     def only_answer(self, logits: np.ndarray) -> str | None:
         """The labels that all texts get; ``None`` if they get different ones."""
         given = self.given(logits)
-        if (given != given[0]).any():
+        if not len(given) or (given != given[0]).any():
             return None
         return ", ".join(compress(self.names, given[0])) or "no label"
 
@@ -57,9 +57,10 @@ class _Task(nn.Module):
         """Sets the threshold with the highest F1 of the positive class, or micro F1 of all labels, if it is tuned."""
         if not self.tuned:
             return
-        if self.rule.positive is not None:
-            labels, logits = labels == self.rule.positive, (logits - logits[:, ::-1])[:, self.rule.positive]
-        self.rule = replace(self.rule, threshold=best_threshold(labels == 1, probabilities_of(logits)))
+        truth, found = labels == 1, unlabelled(logits.astype(np.float64), self.rule).probabilities
+        if (positive := self.rule.positive) is not None:
+            truth, found = labels == positive, found[:, positive]
+        self.rule = replace(self.rule, threshold=best_threshold(truth, found))
 
     def record(self) -> dict[str, Any]:
         """What ``result.json`` says about the task."""

@@ -37,7 +37,7 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "broken", status="failed")
     study = read_study("s", tmp_path)
     found = cells(study)
-    column = "test accuracy, % (95 % interval, or ± standard deviation over seeds)"
+    column = "test accuracy, % (95 % interval, or ± SD)"
     assert main_table(study).columns[2] == column
     assert {name: row[column] for name, row in found.items()} == {
         "three": "92.00 ± 2.00", "single": "90.00 (87.98 to 91.71)", "partly": "50.00 (46.91 to 53.09)",

@@ -1,4 +1,4 @@
-"""Tables of rows; and best_practices.md and evidence.md: no number in their text that the runs do not give."""
+"""Tables of rows; and best_practices.md and evidence.md: no digits in their text that the runs do not give."""
 
 import json
 import re
@@ -223,7 +223,7 @@ def test_what_the_text_says_in_words() -> None:
     def seconds(name: str) -> float:
         return scores()[name]["train_seconds"]
 
-    assert prose(RUNS).lower().count("less than half") == 2  # selective fine-tuning, the encoder
+    assert prose(PAGES).lower().count("less than half") == 2  # selective fine-tuning, the encoder
     for slow, fast in (
         ("methods/lora", "methods/selective"),
         ("earlier_work/lora", "earlier_work/selective"),
