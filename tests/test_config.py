@@ -312,6 +312,11 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
         ("--windows 2 --window_overlap 256", "--window_overlap 256: must be less than --max_length 256"),
         ("--dataset text", "--dataset text: needs --data_dir PATH"),
         ("--text_pair_column b", "--text_pair_column b: imdb has no pairs of texts: use --dataset text"),
+        ("--group_column b", "--group_column b: imdb has no groups: use --dataset text"),
+        (
+            "--dataset text --data_dir d --group_column label",
+            "--group_column label: must be another column than the label",
+        ),
         (
             "--dataset text --data_dir d --text_pair_column text",
             "--text_pair_column text: must be another column than text and label",

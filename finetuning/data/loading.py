@@ -44,7 +44,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     splits, how = split_source(source, names, data)
     given = "validation" in source.tables and data.split in (None, "official")
     notes: list[str] = []
-    if data.kfold is not None:
+    if data.kfold is not None and "validation" in splits:
         if given:  # its rows are counted on from those of the source's train, from which test may have been taken
             rows = int(source.tables["train"].index.max()) + 1
             splits["validation"] = splits["validation"].set_axis(splits["validation"].index + rows)
@@ -52,9 +52,9 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         splits["train"] = pd.concat([splits["train"], splits.pop("validation")]).sort_index()
     notes += [*wordless(splits["train"]), *contradictions(splits["train"])]
     before = splits["train"]
-    splits, leaks_dropped = without_leaks(splits, names)
+    splits, leaks_dropped, shared = without_leaks(splits, names)
     splits, note = with_unseen_test(splits, given)
-    notes += [*note, *source.notes]
+    notes += [*shared, *note, *source.notes]
     kept = limited(splits, data)
     if "labels" in splits["train"]:
         notes += [STRATIFIED, *unseen_labels(splits | {"train": kept["train"]}, names)]
@@ -73,6 +73,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
                 np.stack(t.labels.tolist()) if "labels" in t else np.array(t.label, dtype=np.int64),
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
+                t.group.to_numpy(str) if "group" in t else None,
             )
             for name, t in kept.items()
         },

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from finetuning.data.folds import group_folds
 from finetuning.data.labels import as_number, doubt_about, encode_multi_label, is_multi_label, misspelled, rarest_labels
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
@@ -109,7 +110,7 @@ def _sizes(total: int, shares: Sequence[int]) -> list[int]:
 
 
 def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: DataSettings) -> list[pd.DataFrame]:
-    """Cuts ``table`` into stratified parts in proportion to ``shares``."""
+    """Cuts ``table`` into stratified parts in proportion to ``shares``; with whole groups only roughly."""
     counts = table.label.value_counts()
     if counts.min() < len(shares) and "labels" not in table:
         usual = "add texts of it, leave it out, or give a validation and a test split of your own"
@@ -118,24 +119,39 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: D
             f"--label_column {data.label_column}: class {names[counts.idxmin()]!r} has {counted(counts.min(), 'text')}:"
             f" must be at least {len(shares)} for a stratified split: {doubt or usual}"
         )
+    if "group" in table:
+        return _grouped_parts(table, shares, data)
     sizes = _sizes(len(table), shares)
     if 0 in sizes:
         raise UserError(f"--data_dir: {len(table)} texts are too few for a split {':'.join(map(str, shares))}")
     return [table.iloc[part] for part in stratified_parts(table.label.to_numpy(), sizes, data.data_seed)]
 
 
+def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSettings) -> list[pd.DataFrame]:
+    """As ``_parts``, with no group in two parts. Each part but the first is one fold, of those nearest to its share."""
+    count = sum(shares) // shares[-1]
+    folds = group_folds(table.label.to_numpy(), table.group, count, data)
+    nearest = np.argsort(np.abs(np.bincount(folds)[1:] - len(table) / count), kind="stable") + 1
+    held_out = [folds == fold for fold in nearest[: len(shares) - 1]]
+    return [table[~np.any(held_out, axis=0)], *(table[part] for part in held_out)]
+
+
 def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[dict[str, pd.DataFrame], str]:
-    """Train, validation and test as ``--split`` says, and a name for them that shows how they were split."""
+    """Train, validation and test as ``--split`` says, and a name for them that shows how they were split.
+
+    With ``--kfold`` there is a validation only if the data have one, or a table is cut as without folds.
+    """
     tables = source.tables
     kind = data.split or ("official" if "test" in tables else "stratified")
     if kind != "stratified" and "test" not in tables:
         raise UserError(f"--split {kind}: must be stratified, because {source.name} ({source.where}) has no test split")
     if kind == "official" or (data.split is None and "validation" in tables):
         splits = dict(tables)
-        for missing in {"validation", "test"} - set(tables):  # at most one
+        wanted = {"test"} if data.kfold is not None else {"validation", "test"}  # folds are validation
+        for missing in wanted - set(tables):  # at most one
             splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, data)
         test = source.test_is if "test" in tables else "held-out test"
-        return {split: splits[split] for split in SPLITS}, f"{source.name}, {test} ({source.where})"
+        return {split: splits[split] for split in SPLITS if split in splits}, f"{source.name}, {test} ({source.where})"
     resplit = DATASETS[data.dataset].resplit if kind == "resplit" else None
     shares = resplit or (80, 10, 10)
     # A single table keeps its row numbers, which have gaps where repeated sentences were dropped.
@@ -149,6 +165,11 @@ def _content(table: pd.DataFrame) -> pd.Series:
     """What must not appear in two splits: the text, or both texts of a pair."""
     text = table.text.str.strip()
     return text if "pair" not in table else text + "\0" + table.pair.str.strip()
+
+
+def _shares_group(table: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
+    """Which rows belong to a group that ``others`` have, too."""
+    return table.group.isin(others.group) if "group" in table else pd.Series(False, index=table.index)
 
 
 def contradictions(train: pd.DataFrame) -> list[str]:
@@ -173,37 +194,45 @@ def wordless(train: pd.DataFrame) -> list[str]:
     return [f"warning: {share:.0%} of the training texts have no letter: is --text_column the column that you mean?"]
 
 
-def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[dict[str, pd.DataFrame], int]:
-    """The splits with a train that has no text of another split, and the number of the texts that it lost.
+def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[dict[str, pd.DataFrame], int, list[str]]:
+    """The splits with a train that has no text and no group of another split.
+
+    Returns:
+        The splits, how many texts train lost because another split has them, and a note if groups cost it more.
 
     Raises:
         UserError: a label of validation or test does not appear in train.
     """
     held_out = pd.concat([table for name, table in splits.items() if name != "train"])
-    leaks = _content(splits["train"]).isin(_content(held_out))
-    train = splits["train"][~leaks]
-    kept, dropped = splits | {"train": train}, int(leaks.sum())
+    leaks, grouped = _content(splits["train"]).isin(_content(held_out)), _shares_group(splits["train"], held_out)
+    train = splits["train"][~leaks & ~grouped]
+    kept, dropped, more = splits | {"train": train}, int(leaks.sum()), int((grouped & ~leaks).sum())
+    notes = [f"removed {more} more training texts whose group is in validation or test"] if more else []
     if train.empty and "labels" in held_out:
+        either = ", or their group does" if more else ""
         raise UserError(
-            f"--data_dir: all {len(leaks)} training texts also appear in validation or test: remove repeats"
+            f"--data_dir: all {len(leaks)} training texts also appear in validation or test{either}: remove repeats"
         )
     if "labels" in held_out:  # multi-label: unseen_labels warns
-        return kept, dropped
+        return kept, dropped, notes
     missing, everything = sorted(set(held_out.label) - set(train.label)), {*held_out.label, *train.label}
     if missing:
         doubt = misspelled(names[missing[0]], (names[i] for i in sorted(set(train.label))))
         doubt = doubt or doubt_about([names[i] for i in sorted(everything)], len(train) + len(held_out))
-        removed = f" (after {dropped} texts that also appear in validation or test were removed from train)"
+        either = ", or whose group does," if more else ""
+        removed = (
+            f" (after {dropped + more} texts that also appear in validation or test{either} were removed from train)"
+        )
         raise UserError(
             f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"
-            + (removed if dropped else "")
+            + (removed if dropped + more else "")
             + f": {doubt or 'add training texts of it, or leave it out'}"
         )
-    return kept, dropped
+    return kept, dropped, notes
 
 
 def with_unseen_test(splits: dict[str, pd.DataFrame], given: bool) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """The splits with a validation that has no text of test, and notes for the user, at most one.
+    """The splits with a validation that has no text and no group of test, and notes for the user, at most one.
 
     Validation chooses the checkpoint and the learning rate, so it must not see the test split.
 
@@ -212,21 +241,21 @@ def with_unseen_test(splits: dict[str, pd.DataFrame], given: bool) -> tuple[dict
         given: whether validation was a file of its own. It is then kept whole, and only the note warns.
 
     Raises:
-        UserError: all texts of validation appear in test.
+        UserError: test has all texts of validation, or their groups.
     """
     if "validation" not in splits:
         return splits, []
-    seen = _content(splits["validation"]).isin(_content(splits["test"]))
+    validation, test = splits["validation"], splits["test"]
+    seen = _content(validation).isin(_content(test)) | _shares_group(validation, test)
     if not seen.any():
         return splits, []
+    appear = "also appear in, or share a group with, test" if "group" in test else "also appear in test"
     if given:
-        told = "validation texts also appear in test, so the test score may be too high"
+        told = f"validation texts {appear}, so the test score may be too high"
         return splits, [f"warning: {seen.sum()} of {len(seen)} {told}"]
     if seen.all():
-        raise UserError(
-            f"--data_dir: all {len(seen)} validation texts, taken from train, also appear in test: remove repeats"
-        )
-    note = f"removed {seen.sum()} validation texts that also appear in test (before --limit_validation)"
+        raise UserError(f"--data_dir: all {len(seen)} validation texts, taken from train, {appear}: remove repeats")
+    note = f"removed {seen.sum()} validation texts that {appear} (before --limit_validation)"
     return splits | {"validation": splits["validation"][~seen]}, [note]
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,8 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
     given = [data.text_column, *([] if data.text_pair_column is None else [data.text_pair_column])]
 
     def wanted(names: Collection[str]) -> list[str]:
-        return [*(name for one in given for name in text_columns(one, names)), data.label_column]
+        others = [data.label_column, *([] if data.group_column is None else [data.group_column])]
+        return [*(name for one in given for name in text_columns(one, names)), *others]
 
     with readable(path):
         table = read_frame(path, wanted)
@@ -76,16 +78,16 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
 
 
 def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.DataFrame:
-    """The columns text, label and, for pairs of texts, pair of ``table``, without any other column.
+    """The columns text, label and, where the flags name them, pair and group of ``table``, without any other column.
 
     Raises:
-        UserError: a column is missing, the table is empty, or a row has no text or no label.
+        UserError: a column is missing, the table is empty, or a row has no text, no label or no group.
     """
     wanted = {"text": ("text_column", data.text_column)}
     if data.text_pair_column is not None:
         wanted["pair"] = "text_pair_column", data.text_pair_column
     columns = {name: text_columns(given, table.columns) for name, (_, given) in wanted.items()}
-    needed = {data.label_column, *(name for names in columns.values() for name in names)}
+    needed = {data.label_column, data.group_column, *(name for names in columns.values() for name in names)}
     if twice := [name for name in table.columns[table.columns.duplicated()] if name in needed]:
         raise UserError(f"{path}: two of its columns are named {twice[0]}: rename one")
     texts = {name: texts_in(table, given, path, flag) for name, (flag, given) in wanted.items()}
@@ -120,7 +122,21 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     if empty.any() and not lists:
         hint = separator_hint(sorted(set(label[~empty].astype(str))))
     _refuse_rows(table.index[empty.to_numpy(bool)], "label", f"--label_column {data.label_column}", path, hint)
-    return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
+    parts = {name: text.astype(str).array for name, text in texts.items()} | {"label": label.array}
+    return pd.DataFrame(
+        parts if data.group_column is None else parts | {"group": _groups(table, path, data.group_column)}
+    )
+
+
+def _groups(table: pd.DataFrame, path: Path | str, column: str) -> Any:
+    """(rows,) the name of each row's group."""
+    flag = f"--group_column {column}"
+    if column not in table.columns:
+        raise UserError(f"{flag}: must be a column of {path}, which has: {shown_columns(table.columns)}")
+    names = table[column].astype(str).str.strip()
+    missing = table[column].isna() | (names == "")
+    _refuse_rows(table.index[missing.to_numpy(bool)], "group", flag, path, "give each such text a group of its own")
+    return names.array
 
 
 def shortest_numbers(label: pd.Series) -> pd.Series:

@@ -12,7 +12,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Source:
-    """The data as it was read: one table per split, with the columns text and label, and pair for pairs of texts."""
+    """The data as it was read: a table per split, with the columns text and label, and pair and group if asked for."""
 
     name: str
     where: str
@@ -36,16 +36,20 @@ class LabelledTexts:
     labels: np.ndarray  # (n,) int64; multi-label (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
     pairs: list[str] | None = None  # the second text of each pair
+    groups: np.ndarray | None = None  # (n,) names: which texts belong together
 
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
-        return LabelledTexts([self.texts[i] for i in positions], self.labels[positions], self.rows[positions], pairs)
+        groups = None if self.groups is None else self.groups[positions]
+        texts = [self.texts[i] for i in positions]
+        return LabelledTexts(texts, self.labels[positions], self.rows[positions], pairs, groups)
 
     def followed_by(self, other: "LabelledTexts") -> "LabelledTexts":
         """These texts and then those of another split of the same data."""
         pairs = None if self.pairs is None else [*self.pairs, *(other.pairs or ())]
         labels, rows = np.concatenate([self.labels, other.labels]), np.concatenate([self.rows, other.rows])
-        return LabelledTexts([*self.texts, *other.texts], labels, rows, pairs)
+        groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
+        return LabelledTexts([*self.texts, *other.texts], labels, rows, pairs, groups)
 
     def by_row(self) -> dict[int, tuple[str, ...]]:
         """Row -> its text, or the two texts of its pair."""

@@ -44,6 +44,11 @@ class DataSettings:
     text_pair_column: str | None = setting(
         None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
     )
+    group_column: str | None = setting(
+        None,
+        "Column that says which texts belong together (a patient, a contract): no group is in two splits or folds.",
+        "none: each text stands alone",
+    )
     label_separator: str | None = setting(
         None, "Multi-label data: what separates the labels in the label column.", "none: one label, or lists"
     )
@@ -123,6 +128,9 @@ class DataSettings:
             require(s, "text_pair_column", not own, f"{s.dataset} has no pairs of texts: use --dataset text")
             message = "must be another column than text and label"
             require(s, "text_pair_column", s.text_pair_column not in (s.text_column, s.label_column), message)
+        require(s, "group_column", s.group_column is None or not own, f"{s.dataset} has no groups: use --dataset text")
+        message = "must be another column than the label"
+        require(s, "group_column", s.group_column is None or s.group_column != s.label_column, message)
         require(s, "label_separator", s.label_separator is None or not own, f"{s.dataset} is not multi-label")
         require(s, "label_separator", s.label_separator != "", "must not be empty")
         found = s.data_dir is not None or not s.offline or traits.packaged or on_hub  # the cache may have a hub set

@@ -100,3 +100,16 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, li
     write_texts(tmp_path, content)
     with pytest.raises(UserError, match=f"^{line}"):
         texts_of(text_config(tmp_path, text_pair_column=column))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("text,label\na,0\nb,1", "--group_column by: must be a column of .*, which has: text, label"),
+        ("text,by,label\na,x,0\nb, ,1", "--group_column by: .* has no group in row 1 .*: give each such text a group"),
+    ],
+)
+def test_groups_that_cannot_be_read(tmp_path: Path, content: str, line: str) -> None:
+    write_texts(tmp_path, content)
+    with pytest.raises(UserError, match=f"^{line}"):
+        texts_of(text_config(tmp_path, group_column="by"))

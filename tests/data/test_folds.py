@@ -142,3 +142,39 @@ def test_a_class_that_would_leave_train_is_refused(tmp_path: Path) -> None:
         "--kfold 4: the texts of class '2' are in one fold, because they are copies of texts with other labels: correct"
         " the labels"
     )
+
+
+def test_no_group_is_in_two_folds_and_each_fold_has_all_classes(tmp_path: Path) -> None:
+    table = [{"text": f"text {i % 45}", "label": "ab"[i % 2], "by": f"author {i // 10}"} for i in range(60)]
+    held_out = [{"text": f"test {i}", "label": "ab"[i % 2], "by": "author 3"} for i in range(4)]
+    for name, rows_of in (("train", table), ("test", held_out)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows_of))
+    folds = folds_of(tmp_path, 5, group_column="by")
+    parts = [{row // 10 for row in rows(fold.splits["validation"])} for fold in folds]
+    assert sorted(map(list, parts)) == [[0], [1], [2], [4], [5]]  # author 3 is in test
+    for fold in folds:
+        assert len(fold.splits["validation"].texts) == 10
+        assert len(fold.splits["train"].texts) == 40
+        assert np.bincount(fold.splits["validation"].labels).tolist() == [5, 5]
+        assert "removed 10 more training texts whose group is in validation or test" in fold.notes
+        assert "warning: 30 training texts also appear in another group" in " ".join(fold.notes)
+    other = folds_of(tmp_path, 5, group_column="by", data_seed=1)
+    assert [rows(fold.splits["validation"]) for fold in other] != [rows(fold.splits["validation"]) for fold in folds]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (lambda i: i % 3, "--group_column by: 4 parts that share no group need as many groups, and there are 3: lower"),
+        (
+            lambda i: i % 4 if i < 36 else 4,
+            "--kfold 4: the texts of class '2' are in one fold, because they belong to few",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_cut_into_folds_are_refused(tmp_path: Path, group: Any, message: str) -> None:
+    table = [{"text": f"text {i}", "label": i % 2 if i < 36 else 2, "by": f"by {group(i)}"} for i in range(40)]
+    for name in ("train", "test"):
+        marked = [row | {"text": f"{name} {row['text']}", "by": f"{name} {row['by']}"} for row in table]
+        (tmp_path / f"{name}.json").write_text(json.dumps(marked))
+    assert refusal_of(texts_of, text_config(tmp_path, kfold=4, group_column="by")).startswith(message)

@@ -110,6 +110,63 @@ def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
     assert texts.notes == ["warning: 4 of 10 validation texts also appear in test, so the test score may be too high"]
 
 
+def grouped(count: int, first: int = 0, word: str = "train") -> pd.DataFrame:
+    """Five texts in each group."""
+    return frame(count, word=word).assign(patient=[first + i // 5 for i in range(count)])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_no_group_is_in_two_parts_of_a_table(tmp_path: Path, several: bool) -> None:
+    table = grouped(400)
+    table = table.assign(label=table.label.map({0: ["a"], 1: ["a", "b"]})) if several else table
+    table.to_parquet(tmp_path / "train.parquet")
+    for seed in range(3):
+        splits = texts_of(text_config(tmp_path, group_column="patient", data_seed=seed)).splits
+        groups = [set(splits[name].rows // 5) for name in splits]
+        assert [len(split.texts) for split in splits.values()] == [320, 40, 40]
+        assert [len(part) for part in groups] == [64, 8, 8]
+        assert sum(len(part) for part in groups) == len(set.union(*groups))
+        assert splits["test"].groups is not None
+        assert set(splits["test"].groups) == {str(group) for group in groups[2]}
+
+
+def test_a_large_group_trains(tmp_path: Path) -> None:
+    frame(400).assign(by=[max(i - 199, 0) for i in range(400)]).to_parquet(tmp_path / "train.parquet")
+    for seed in range(5):
+        splits = texts_of(text_config(tmp_path, group_column="by", data_seed=seed)).splits
+        assert set(range(200)) <= set(splits["train"].rows)
+        assert all(len(split.texts) for split in splits.values())
+
+
+def test_groups_of_test_leave_train_and_a_validation_that_was_taken_from_it(tmp_path: Path) -> None:
+    grouped(400).to_parquet(tmp_path / "train.parquet")
+    test = grouped(20, first=70, word="test")  # 70 to 73
+    test.loc[0, "text"] = "train text 350"  # of group 70
+    test.astype(str).to_csv(tmp_path / "test.csv", index=False)
+    texts = texts_of(text_config(tmp_path, group_column="patient"))
+    kept = {name: set(split.rows // 5) for name, split in texts.splits.items()}
+    assert not (kept["train"] | kept["validation"]) & {70, 71, 72, 73}
+    assert not kept["train"] & kept["validation"]
+    removed = [note for note in texts.notes if note.startswith("removed")]
+    lost = 400 - sum(len(texts.splits[name].texts) for name in ("train", "validation"))
+    assert lost == 20
+    assert f"removed {20 - texts.leaks_dropped} more training texts whose group is in validation or test" in removed
+
+    grouped(20, first=72, word="validation").to_parquet(tmp_path / "validation.parquet")  # 72 to 75
+    texts = texts_of(text_config(tmp_path, group_column="patient"))
+    assert len(texts.splits["validation"].texts) == 20
+    assert not set(texts.splits["train"].rows // 5) & set(range(70, 76))
+    known = "10 of 20 validation texts also appear in, or share a group with, test, so the test score may be too high"
+    assert f"warning: {known}" in texts.notes
+
+
+def test_training_texts_that_all_share_a_group_with_test(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        grouped(20, word=name).assign(label=[["a"], ["b"]] * 10).to_parquet(tmp_path / f"{name}.parquet")
+    message = refusal_of(texts_of, text_config(tmp_path, kfold=2, group_column="patient"))
+    assert "all 20 training texts also appear in validation or test, or their group does: remove repeats" in message
+
+
 def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
     for name in ("train", "test"):
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
