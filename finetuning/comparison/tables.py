@@ -22,7 +22,8 @@ REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
 )
 MOST_VALUES = 4  # in a cell of the table of studies
 NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
-OF_VALIDATION = ("dataset", "data_dir", "agreement", "split", "limit_validation")  # what decides which texts validate
+# what decides which texts validate
+OF_VALIDATION = ("dataset", "data_dir", "agreement", "split", "group_column", "limit_validation")
 NAMED = 12  # largest number of names in a note
 FEW_TEST_TEXTS = 300  # with fewer, seeds that agree look more certain than they are
 

@@ -19,6 +19,7 @@ from finetuning.data.splits import (
     encode_labels,
     limited,
     lost_classes,
+    numbered_groups,
     split_source,
     with_unseen_test,
     without_leaks,
@@ -40,7 +41,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     """
     source = read_source(data, offline)
     data = dataclasses.replace(data, **source.found)
-    names, source = encode_labels(source, data)
+    names, source = encode_labels(numbered_groups(source), data)
     splits, how = split_source(source, names, data)
     given = "validation" in source.tables and data.split in (None, "official")
     notes: list[str] = []
@@ -73,7 +74,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
                 np.stack(t.labels.tolist()) if "labels" in t else np.array(t.label, dtype=np.int64),
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
-                t.group.to_numpy(str) if "group" in t else None,
+                t.group.to_numpy(np.int64) if "group" in t else None,
             )
             for name, t in kept.items()
         },

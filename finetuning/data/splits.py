@@ -127,13 +127,40 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: D
     return [table.iloc[part] for part in stratified_parts(table.label.to_numpy(), sizes, data.data_seed)]
 
 
+def numbered_groups(source: Source) -> Source:
+    """The source with a number in place of each group's name, the same one in all splits."""
+    if "group" not in source.tables["train"]:
+        return source
+    numbers, _ = pd.factorize(pd.concat([table.group for table in source.tables.values()]))
+    parts = np.split(numbers, np.cumsum([len(table) for table in source.tables.values()])[:-1])
+    tables = zip(source.tables.items(), parts, strict=True)
+    return dataclasses.replace(source, tables={split: table.assign(group=part) for (split, table), part in tables})
+
+
 def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSettings) -> list[pd.DataFrame]:
-    """As ``_parts``, with no group in two parts. Each part but the first is one fold, of those nearest to its share."""
-    count = sum(shares) // shares[-1]
-    folds = group_folds(table.label.to_numpy(), table.group, count, data)
-    nearest = np.argsort(np.abs(np.bincount(folds)[1:] - len(table) / count), kind="stable") + 1
-    held_out = [folds == fold for fold in nearest[: len(shares) - 1]]
-    return [table[~np.any(held_out, axis=0)], *(table[part] for part in held_out)]
+    """As ``_parts``, with no group in two parts.
+
+    Each part but the first is one fold, of those that are nearest to its share and leave texts of each class to train.
+    """
+    count, flag = sum(shares) // shares[-1], f"--group_column {data.group_column}"
+    way = "give validation and test files of your own, or leave it out"
+    if (groups := table.group.nunique()) < count:
+        raise UserError(
+            f"{flag}: {groups} groups are too few for parts that share none: must be at least {count}: {way}"
+        )
+    folds, held_out = group_folds(table.label.to_numpy(), table.group.to_numpy(), count, data.data_seed), []
+    distances = np.abs(np.bincount(folds)[1:] - len(table) / count)
+    for fold in np.argsort(distances, kind="stable") + 1:
+        rest = table.label[~np.isin(folds, [*held_out, fold])]
+        if len(held_out) < len(shares) - 1 and rest.nunique() == table.label.nunique():
+            held_out.append(fold)
+    parts = [table[~np.isin(folds, held_out)], *(table[folds == fold] for fold in held_out)]
+    if len(parts) < len(shares) or 2 * min(map(len, parts)) < len(table) / count:
+        raise UserError(
+            f"{flag}: its groups are too unequal for parts that share none, as a part would lack a class or half of its"
+            f" texts: {way}"
+        )
+    return parts
 
 
 def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[dict[str, pd.DataFrame], str]:
@@ -207,8 +234,8 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
     leaks, grouped = _content(splits["train"]).isin(_content(held_out)), _shares_group(splits["train"], held_out)
     train = splits["train"][~leaks & ~grouped]
     kept, dropped, more = splits | {"train": train}, int(leaks.sum()), int((grouped & ~leaks).sum())
-    notes = [f"removed {more} more training texts whose group is in validation or test"] if more else []
-    if train.empty and "labels" in held_out:
+    notes = [f"removed {more} more training texts whose group is in another split"] if more else []
+    if train.empty and (more or "labels" in held_out):
         either = ", or their group does" if more else ""
         raise UserError(
             f"--data_dir: all {len(leaks)} training texts also appear in validation or test{either}: remove repeats"

@@ -19,7 +19,7 @@ from finetuning.data.files import (
     readable,
     shown_columns,
 )  # fmt: skip
-from finetuning.data.labels import separator_hint
+from finetuning.data.labels import as_number, separator_hint
 from finetuning.datasets import SPLITS
 from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings
@@ -129,14 +129,17 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
 
 
 def _groups(table: pd.DataFrame, path: Path | str, column: str) -> Any:
-    """(rows,) the name of each row's group."""
+    """(rows,) the name of each row's group. 1 and 1.0 are one group: a file may hold numbers in either form."""
     flag = f"--group_column {column}"
     if column not in table.columns:
         raise UserError(f"{flag}: must be a column of {path}, which has: {shown_columns(table.columns)}")
     names = table[column].astype(str).str.strip()
     missing = table[column].isna() | (names == "")
     _refuse_rows(table.index[missing.to_numpy(bool)], "group", flag, path, "give each such text a group of its own")
-    return names.array
+    numbers = {name: as_number(name) for name in names.unique()}
+    return names.replace(
+        {name: str(int(n)) for name, n in numbers.items() if isinstance(n, float) and n == int(n)}
+    ).array
 
 
 def shortest_numbers(label: pd.Series) -> pd.Series:

@@ -36,7 +36,7 @@ class LabelledTexts:
     labels: np.ndarray  # (n,) int64; multi-label (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
     pairs: list[str] | None = None  # the second text of each pair
-    groups: np.ndarray | None = None  # (n,) names: which texts belong together
+    groups: np.ndarray | None = None  # (n,) int64: texts with the same number belong together, in all splits
 
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]

@@ -53,7 +53,7 @@ def takes_kfold(config: RunConfig, texts: TextData) -> bool:
         return False
     with suppress(UserError):
         pool = texts.splits["train"].followed_by(texts.splits["validation"])
-        fold_numbers(pool, texts.label_names, ADVISED_FOLDS, config.data)
+        fold_numbers(pool, texts.label_names, ADVISED_FOLDS, config.data.data_seed)
         return True
     return False
 

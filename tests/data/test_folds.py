@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
+from finetuning.data.folds import group_folds
 from finetuning.data.texts import LabelledTexts, TextData
 from tests.common import refusal_of, text_config, texts_of
 
@@ -49,7 +52,7 @@ def test_folds_are_a_stratified_partition(folder: Path) -> None:
         assert counts[1] == 2
         assert counts[2] in (0, 1)
         assert counts.sum() in (5, 6)
-    assert any("class 'c' has 3 different texts, so not all of the 4 folds" in note for note in everything.notes)
+    assert "warning: class 'c' is in 3 of the 4 folds only, which validate on it" in everything.notes
 
 
 def test_folds_depend_on_the_seed_of_the_data_only(folder: Path) -> None:
@@ -149,23 +152,48 @@ def test_no_group_is_in_two_folds_and_each_fold_has_all_classes(tmp_path: Path) 
     held_out = [{"text": f"test {i}", "label": "ab"[i % 2], "by": "author 3"} for i in range(4)]
     for name, rows_of in (("train", table), ("test", held_out)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows_of))
-    folds = folds_of(tmp_path, 5, group_column="by")
+    folds, copied = folds_of(tmp_path, 5, group_column="by"), {f"text {i}" for i in range(15)}  # authors 0, 1; 4, 5
     parts = [{row // 10 for row in rows(fold.splits["validation"])} for fold in folds]
     assert sorted(map(list, parts)) == [[0], [1], [2], [4], [5]]  # author 3 is in test
     for fold in folds:
         assert len(fold.splits["validation"].texts) == 10
-        assert len(fold.splits["train"].texts) == 40
+        assert len(fold.splits["train"].texts) == 40 - len(set(fold.splits["validation"].texts) & copied)
+        assert not set(fold.splits["train"].texts) & set(fold.splits["validation"].texts)
         assert np.bincount(fold.splits["validation"].labels).tolist() == [5, 5]
-        assert "removed 10 more training texts whose group is in validation or test" in fold.notes
-        assert "warning: 30 training texts also appear in another group" in " ".join(fold.notes)
+        assert "removed 10 more training texts whose group is in another split" in fold.notes
+        assert "30 training texts have copies in groups of other folds, which train without them" in fold.notes
     other = folds_of(tmp_path, 5, group_column="by", data_seed=1)
     assert [rows(fold.splits["validation"]) for fold in other] != [rows(fold.splits["validation"]) for fold in folds]
+
+
+def test_a_class_of_few_groups_is_not_in_all_folds(tmp_path: Path) -> None:
+    table = [{"text": f"text {i}", "label": i // 2 % 2 if i < 36 else 2, "by": i // 2} for i in range(40)]
+    for name, groups in (("train", 0), ("test", 100)):
+        marked = [row | {"text": f"{name} {row['text']}", "by": groups + row["by"]} for row in table]
+        (tmp_path / f"{name}.json").write_text(json.dumps(marked))
+    texts = texts_of(text_config(tmp_path, kfold=5, group_column="by"))
+    assert "warning: class '2' is in 2 of the 5 folds only, which validate on it" in texts.notes
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_groups_of_any_size_fill_folds_evenly(unequal: bool) -> None:
+    """As evenly as scikit-learn's StratifiedGroupKFold, or more so."""
+    rng = np.random.default_rng(3)
+    strata, groups = rng.choice(3, 2000, p=[0.7, 0.2, 0.1]), (400 * rng.random(2000) ** (1 + unequal)).astype(int)
+    ours, theirs = group_folds(strata, groups, 5, 0), np.empty(2000, dtype=int)
+    for fold, (_, held_out) in enumerate(StratifiedGroupKFold(5).split(strata, strata, groups), 1):
+        theirs[held_out] = fold
+    assert set(ours) == {1, 2, 3, 4, 5}
+    assert pd.Series(ours).groupby(groups).nunique().max() == 1
+    spread = [pd.crosstab(folds, strata, margins=True).iloc[:5].std().to_numpy() for folds in (ours, theirs)]
+    assert (spread[0] <= spread[1] + 1).all()
+    assert (group_folds(strata, groups, 5, 1) != ours).any()
 
 
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        (lambda i: i % 3, "--group_column by: 4 parts that share no group need as many groups, and there are 3: lower"),
+        (lambda i: i % 3, "--kfold 4: must be at most 3, the number of groups of the training texts"),
         (
             lambda i: i % 4 if i < 36 else 4,
             "--kfold 4: the texts of class '2' are in one fold, because they belong to few",

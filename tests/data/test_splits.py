@@ -127,15 +127,43 @@ def test_no_group_is_in_two_parts_of_a_table(tmp_path: Path, several: bool) -> N
         assert [len(part) for part in groups] == [64, 8, 8]
         assert sum(len(part) for part in groups) == len(set.union(*groups))
         assert splits["test"].groups is not None
-        assert set(splits["test"].groups) == {str(group) for group in groups[2]}
+        assert set(splits["test"].groups) == groups[2]
 
 
-def test_a_large_group_trains(tmp_path: Path) -> None:
-    frame(400).assign(by=[max(i - 199, 0) for i in range(400)]).to_parquet(tmp_path / "train.parquet")
-    for seed in range(5):
+def test_a_large_group_trains_and_each_class_as_well(tmp_path: Path) -> None:
+    table = frame(400).assign(by=[max(i - 199, 0) for i in range(400)])
+    table.loc[390:, "label"], table.loc[390:, "by"] = 2, [1000] * 5 + [1001] * 5  # a class of two groups
+    table.to_parquet(tmp_path / "train.parquet")
+    for seed in range(8):
         splits = texts_of(text_config(tmp_path, group_column="by", data_seed=seed)).splits
         assert set(range(200)) <= set(splits["train"].rows)
-        assert all(len(split.texts) for split in splits.values())
+        assert set(splits["train"].labels) == {0, 1, 2}
+        assert all(len(splits[name].texts) > 20 for name in ("validation", "test"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "groups", "message"),
+    [
+        (
+            2,
+            [i % 9 for i in range(100)],
+            "9 groups are too few for parts that share none: must be at least 10: give valid",
+        ),
+        (
+            2,
+            [max(i - 89, 0) for i in range(100)],
+            "its groups are too unequal for parts that share none, as a part would",
+        ),
+        (
+            10,
+            [i % 10 for i in range(100)],
+            "its groups are too unequal for parts that share none, as a part would lack",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_cut_are_refused(tmp_path: Path, classes: int, groups: list[int], message: str) -> None:
+    frame(100, classes).assign(by=groups).to_parquet(tmp_path / "train.parquet")
+    assert refusal_of(texts_of, text_config(tmp_path, group_column="by")).startswith(f"--group_column by: {message}")
 
 
 def test_groups_of_test_leave_train_and_a_validation_that_was_taken_from_it(tmp_path: Path) -> None:
@@ -147,10 +175,9 @@ def test_groups_of_test_leave_train_and_a_validation_that_was_taken_from_it(tmp_
     kept = {name: set(split.rows // 5) for name, split in texts.splits.items()}
     assert not (kept["train"] | kept["validation"]) & {70, 71, 72, 73}
     assert not kept["train"] & kept["validation"]
-    removed = [note for note in texts.notes if note.startswith("removed")]
-    lost = 400 - sum(len(texts.splits[name].texts) for name in ("train", "validation"))
-    assert lost == 20
-    assert f"removed {20 - texts.leaks_dropped} more training texts whose group is in validation or test" in removed
+    assert sum(len(texts.splits[name].texts) for name in ("train", "validation")) == 380
+    removed = [int(note.split()[1]) for note in texts.notes if note.startswith("removed")]
+    assert sum(removed) + texts.leaks_dropped == 20
 
     grouped(20, first=72, word="validation").to_parquet(tmp_path / "validation.parquet")  # 72 to 75
     texts = texts_of(text_config(tmp_path, group_column="patient"))
@@ -158,6 +185,14 @@ def test_groups_of_test_leave_train_and_a_validation_that_was_taken_from_it(tmp_
     assert not set(texts.splits["train"].rows // 5) & set(range(70, 76))
     known = "10 of 20 validation texts also appear in, or share a group with, test, so the test score may be too high"
     assert f"warning: {known}" in texts.notes
+
+
+def test_a_number_is_the_same_group_in_every_form(tmp_path: Path) -> None:
+    grouped(100).to_parquet(tmp_path / "train.parquet")  # groups 0 to 19, whole numbers
+    for written in ([0.0, 1.0], ["0.0", "1"], ["00", "01"]):
+        frame(2, word="test").assign(patient=written).to_csv(tmp_path / "test.csv", index=False)
+        texts = texts_of(text_config(tmp_path, group_column="patient", kfold=2))
+        assert len(texts.splits["train"].texts) == (100 if written == ["00", "01"] else 90)
 
 
 def test_training_texts_that_all_share_a_group_with_test(tmp_path: Path) -> None:
