@@ -148,7 +148,8 @@ def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSetting
         raise UserError(
             f"{flag}: {groups} groups are too few for parts that share none: must be at least {count}: {way}"
         )
-    folds, held_out = group_folds(table.label.to_numpy(), table.group.to_numpy(), count, data.data_seed), []
+    folds = group_folds(table.label.to_numpy(), table.group.to_numpy(), count, data.data_seed)
+    held_out: list[int] = []
     distances = np.abs(np.bincount(folds)[1:] - len(table) / count)
     for fold in np.argsort(distances, kind="stable") + 1:
         rest = table.label[~np.isin(folds, [*held_out, fold])]

@@ -167,7 +167,9 @@ def test_no_group_is_in_two_folds_and_each_fold_has_all_classes(tmp_path: Path) 
 
 
 def test_a_class_of_few_groups_is_not_in_all_folds(tmp_path: Path) -> None:
-    table = [{"text": f"text {i}", "label": i // 2 % 2 if i < 36 else 2, "by": i // 2} for i in range(40)]
+    table: list[dict[str, Any]] = [
+        {"text": f"text {i}", "label": i // 2 % 2 if i < 36 else 2, "by": i // 2} for i in range(40)
+    ]
     for name, groups in (("train", 0), ("test", 100)):
         marked = [row | {"text": f"{name} {row['text']}", "by": groups + row["by"]} for row in table]
         (tmp_path / f"{name}.json").write_text(json.dumps(marked))
