@@ -1,4 +1,4 @@
-"""Sets of 20 to 40 classes, out of larger ones: ``python -m benchmarks.class_subsets --data_dir PATH --output_dir PATH``.
+"""Sets of 20 to 40 classes from larger ones: ``python -m benchmarks.class_subsets --data_dir PATH --output_dir PATH``.
 
 Public sets of short texts have a few classes, or many. The output folder is the ``--data_dir`` of
 ``studies/some_classes.toml``.

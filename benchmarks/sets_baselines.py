@@ -42,6 +42,8 @@ STUDIES = {  # study -> its table, and the page of the table
     "curves": ("curves_baselines", DATA_SETS),
     "pooling": ("pooling_baselines", BEST_PRACTICES),
     "base_on_sets": ("base_baselines", DATA_SETS),
+    "some_classes": ("some_classes_baselines", DATA_SETS),
+    "some_classes_few": ("some_classes_few_baselines", DATA_SETS),
 }
 WITH_FEW_TEXTS = {  # column of the table -> rows of the study "pooling", without their number of texts
     "default": "lora-pooling-first",

@@ -361,6 +361,8 @@ def test_every_study_has_a_place_on_the_page() -> None:
         "sets_baselines",
         "curves_baselines",
         "base_baselines",
+        "some_classes_baselines",
+        "some_classes_few_baselines",
         "crossing",
         "recommend",
         *(f"tune_{part}" for part in PARTS),
