@@ -35,9 +35,9 @@ def steps(texts: int, numbers: dict[str, int], accumulate: int = 1, processes: i
         (9_494, 77, False, 32, 5),
         (6_750, 150, False, 32, 8),
         (12_000, 28, True, 32, 4),
-        (12_915, 4, False, 64, 2),
-        (22_377, 2, False, 64, 2),
-        (120_000, 28, True, 64, 2),
+        (12_915, 4, False, 32, 2),
+        (22_377, 2, False, 32, 2),
+        (120_000, 28, True, 32, 2),
     ],
 )
 def test_the_rule(texts: int, classes: int, multi_label: bool, batch_size: int, epochs: int) -> None:
@@ -52,7 +52,7 @@ def test_there_are_enough_steps_unless_the_most_epochs_are_reached(texts: int, a
     found = chosen(texts, processes=processes, accumulate=accumulate)
     assert steps(texts, found, accumulate, processes) >= budget.STEPS or found["epochs"] == budget.MOST_EPOCHS
     fewer = found | {"epochs": found["epochs"] - 1}
-    least = 5 if texts < budget.MANY else 2
+    least = budget.LEAST_EPOCHS if texts < budget.MANY else budget.LEAST_OF_MANY
     assert steps(texts, fewer, accumulate, processes) < budget.STEPS or found["epochs"] == least, "no epoch too many"
 
 
