@@ -153,7 +153,8 @@ def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSetting
     distances = np.abs(np.bincount(folds)[1:] - len(table) / count)
     for fold in np.argsort(distances, kind="stable") + 1:
         rest = table.label[~np.isin(folds, [*held_out, fold])]
-        if len(held_out) < len(shares) - 1 and rest.nunique() == table.label.nunique():
+        complete = "labels" in table or rest.nunique() == table.label.nunique()  # multi-label: train may lack a label
+        if len(held_out) < len(shares) - 1 and complete:
             held_out.append(fold)
     parts = [table[~np.isin(folds, held_out)], *(table[folds == fold] for fold in held_out)]
     if len(parts) < len(shares) or 2 * min(map(len, parts)) < len(table) / count:
