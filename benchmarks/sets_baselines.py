@@ -143,7 +143,11 @@ def table(result: Record, default: Grid | None) -> str:
     if len({(cell.set, cell.texts) for cell in found}) > len({cell.set for cell in found}):
         parts = [by_texts(found).markdown()]
     else:
-        parts = by_sets({cell.set: own for cell, own in found.items()}, default)
+        means = {
+            cell.set: {kind: fmean(draws(found, cell.set, cell.texts, kind)) for kind in own}
+            for cell, own in found.items()
+        }
+        parts = by_sets(means, default)
     return "\n\n".join([*parts, measured([result["environment"]])])
 
 

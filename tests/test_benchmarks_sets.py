@@ -114,6 +114,17 @@ def test_gains_over_the_frozen_model_are_means_over_draws(tmp_path: Path) -> Non
     assert "| a | -2.00 | +3.00 | +1.00 | over 50, at most 100 |" in text
 
 
+def test_draws_of_one_number_of_texts_have_their_mean() -> None:
+    records = [
+        {"set": name, "texts": texts, "draw": draw, "baseline": kind, "accuracy": 0.5 + 0.1 * draw}
+        for name, texts in (("a", 200), ("b", 400))
+        for draw in (0, 1)
+        for kind in (NAME, FROZEN)
+    ]
+    content = sets_baselines.table({"measurements": records, "environment": {}}, None)
+    assert "| a | 55.00 | 55.00 |" in content
+
+
 def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
     records = [
         {"set": "a", "texts": texts, "draw": draw, "baseline": kind, "accuracy": accuracy + 0.1 * draw}

@@ -220,9 +220,14 @@ def costs_table(grid: Grid) -> Table:
 def conditions(found: Iterable[Iterable[Run]]) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Precisions, processors, and whether the runs were forked. Costs can be compared only where all are the same."""
     runs = [run for each in found for run in each]
-    keys = (("base_model", "precision"), ("environment", "cpu"))
-    precisions, processors = (frozenset(str(run.get(*key) or "unknown") for run in runs) for key in keys)
-    return precisions, processors, frozenset("forked" if run.forked else "started" for run in runs)
+    precisions = (
+        "int8" if run.get("config", "precision") == "int8" else run.get("base_model", "precision") for run in runs
+    )
+    return (
+        frozenset(str(name or "unknown") for name in precisions),
+        frozenset(str(run.get("environment", "cpu") or "unknown") for run in runs),
+        frozenset("forked" if run.forked else "started" for run in runs),
+    )
 
 
 def mean_of_sets(found: Sequence[Sequence[Run]], *keys: str) -> float | None:

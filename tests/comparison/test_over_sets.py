@@ -129,6 +129,16 @@ def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> N
     assert costs.column("process") == ["started", "forked"]
 
 
+def test_costs_in_eight_bits_are_told_apart(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        for method, precision in (("a", "auto"), ("b", "int8")):
+            more: dict[str, Any] = {"train": {"processor_seconds": 5.0}, "base_model": {"precision": "bfloat16"}}
+            more |= {"config": {"precision": precision}}
+            write_run(tmp_path, "s", method, data_set=name, correct=np.arange(10) < 5, **more)
+    _, _, costs = tables_of(tmp_path)
+    assert costs.column("precision") == ["bfloat16", "int8"]
+
+
 def test_the_losses_of_a_pair(tmp_path: Path) -> None:
     for name, first, second in (("one", 0.5, 0.4), ("two", 0.6, 0.4), ("three", 0.7, 0.4)):
         for method, loss in (("a", first), ("b", second)):
