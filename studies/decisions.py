@@ -51,6 +51,7 @@ DECISIONS = (
     Decision("`--lora_layers 3-5`, the upper half", "layers", "upper", "all"),
     Decision("`--epochs 8` instead of 5", "placement", "all-8-epochs", "all"),
     Decision("`--pooling mean`", "placement", "all-mean", "all"),
+    Decision("`--precision fast`, eight bits", "placement", "all-int8", "all"),
     Decision("`--average ema`", "average", "ema", "none"),
     Decision("`--method head --pooling mean`", "pooling", "50-head-pooling-mean", "50-lora-pooling-first"),
     Decision("`--pooling mean`", "pooling", "250-lora-pooling-mean", "250-lora-pooling-first"),
