@@ -30,8 +30,8 @@ def with_folds(texts: TextData, data: DataSettings) -> TextData:
     if data.fold is None:
         parts, note = (train, train), f"each training text is validation in one of {data.kfold} folds"
     else:
-        held_out, contents = numbers == data.fold, _contents(train)
-        known = np.isin(contents, contents[held_out])  # copies are in other folds only if they are of other groups
+        held_out = numbers == data.fold
+        known = _known(_contents(train), held_out)
         parts = train.taken(np.flatnonzero(~known)), train.taken(np.flatnonzero(held_out))
         note = f"validation is fold {data.fold} of the {data.kfold} folds of the training texts"
     splits = {"train": parts[0], "validation": parts[1], "test": test}
@@ -77,12 +77,20 @@ def fold_numbers(train: LabelledTexts, label_names: list[str], count: int, seed:
         warnings.append(f"{copies} training texts have copies in groups of other folds, which train without them")
     if train.labels.ndim == 1:
         folds = pd.Series(found).groupby(train.labels).nunique()
+        for fold in range(1, count + 1):
+            lost = set(folds.index) - set(train.labels[~_known(codes, found == fold)])
+            if lost:  # its texts were dealt out by their groups, or as copies of texts with other labels
+                name = label_names[min(lost)]
+                raise UserError(f"--kfold {count}: the texts of class {name!r} are in one fold, because they {why}")
         fewest, name = folds.min(), label_names[int(folds.idxmin())]
-        if fewest < 2:  # by the groups, or by the other labels, its texts were dealt out
-            raise UserError(f"--kfold {count}: the texts of class {name!r} are in one fold, because they {why}")
         if fewest < count:
             warnings.append(f"warning: class {name!r} is in {fewest} of the {count} folds only, which validate on it")
     return found, warnings
+
+
+def _known(codes: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Which texts are held out or copies of such texts, (n,) bool. Copies are in other folds only with groups."""
+    return np.isin(codes, codes[held_out])
 
 
 def group_folds(strata: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -137,9 +137,8 @@ def _groups(table: pd.DataFrame, path: Path | str, column: str) -> Any:
     missing = table[column].isna() | (names == "")
     _refuse_rows(table.index[missing.to_numpy(bool)], "group", flag, path, "give each such text a group of its own")
     numbers = {name: as_number(name) for name in names.unique()}
-    return names.replace(
-        {name: str(int(n)) for name, n in numbers.items() if isinstance(n, float) and n == int(n)}
-    ).array
+    whole = {name: str(int(n)) for name, n in numbers.items() if isinstance(n, float) and n.is_integer()}
+    return names.map({name: whole.get(name, name) for name in numbers}).array
 
 
 def shortest_numbers(label: pd.Series) -> pd.Series:

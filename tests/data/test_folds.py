@@ -177,9 +177,20 @@ def test_a_class_of_few_groups_is_not_in_all_folds(tmp_path: Path) -> None:
     assert "warning: class '2' is in 2 of the 5 folds only, which validate on it" in texts.notes
 
 
+def test_a_class_whose_texts_are_copied_into_each_fold_is_refused(tmp_path: Path) -> None:
+    """Without the copies a fold would train without the class."""
+    table = [{"text": f"text {i}", "label": i % 2, "by": i // 4} for i in range(40)]
+    table += [{"text": f"copied {i % 2}", "label": 2, "by": 100 + i // 2} for i in range(4)]
+    for name in ("train", "test"):
+        marked = [row | {"text": f"{name} {row['text']}", "by": f"{name} {row['by']}"} for row in table]
+        (tmp_path / f"{name}.json").write_text(json.dumps(marked))
+    message = refusal_of(texts_of, text_config(tmp_path, kfold=2, group_column="by"))
+    assert message.startswith("--kfold 2: the texts of class '2' are in one fold, because they belong to few groups")
+
+
 @pytest.mark.parametrize("unequal", [False, True])
 def test_groups_of_any_size_fill_folds_evenly(unequal: bool) -> None:
-    """As evenly as scikit-learn's StratifiedGroupKFold, or more so."""
+    """As evenly as scikit-learn's StratifiedGroupKFold, within a text."""
     rng = np.random.default_rng(3)
     strata, groups = rng.choice(3, 2000, p=[0.7, 0.2, 0.1]), (400 * rng.random(2000) ** (1 + unequal)).astype(int)
     ours, theirs = group_folds(strata, groups, 5, 0), np.empty(2000, dtype=int)
