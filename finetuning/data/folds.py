@@ -31,17 +31,11 @@ def with_folds(texts: TextData, data: DataSettings) -> TextData:
         parts, note = (train, train), f"each training text is validation in one of {data.kfold} folds"
     else:
         held_out = numbers == data.fold
-        known = _known(_contents(train), held_out)
+        known = _known(train.contents, held_out)
         parts = train.taken(np.flatnonzero(~known)), train.taken(np.flatnonzero(held_out))
         note = f"validation is fold {data.fold} of the {data.kfold} folds of the training texts"
     splits = {"train": parts[0], "validation": parts[1], "test": test}
     return dataclasses.replace(texts, splits=splits, notes=list(dict.fromkeys([*texts.notes, note, *warning])))
-
-
-def _contents(train: LabelledTexts) -> np.ndarray:
-    """A number for each text or pair, (n,), the same for copies."""
-    pairs = [""] * len(train.texts) if train.pairs is None else train.pairs
-    return pd.factorize(pd.Series([f"{a.strip()}\0{b.strip()}" for a, b in zip(train.texts, pairs, strict=True)]))[0]
 
 
 def fold_numbers(train: LabelledTexts, label_names: list[str], count: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -54,7 +48,7 @@ def fold_numbers(train: LabelledTexts, label_names: list[str], count: int, seed:
     Raises:
         UserError: a fold would be empty, or train without a class.
     """
-    codes = _contents(train)
+    codes = train.contents
     _, first = np.unique(codes, return_index=True)
     strata = train.labels if train.labels.ndim == 1 else rarest_labels(train.labels)
     if len(first) < count:

@@ -49,8 +49,7 @@ def read_hub_set(data: DataSettings, offline: bool) -> Source:
     columns = _columns(features, data, flag)
     label, classes = columns["label_column"], _class_names(features.get(columns["label_column"]))
     pairs = [] if data.text_pair_column is None else text_columns(data.text_pair_column, features)
-    groups = [] if data.group_column is None else [data.group_column]
-    wanted = {*text_columns(columns["text_column"], features), *pairs, *groups, label}
+    wanted = {*text_columns(columns["text_column"], features), *pairs, *filter(None, [data.group_column]), label}
     kept = sorted(wanted) if wanted <= set(features) else list(features)  # all of them for the message of the check
     raw = {part: splits[split].select_columns(kept).to_pandas() for part, split in names.items()}
     raw, test_is, notes = _with_labelled_test(raw, label)
@@ -248,7 +247,7 @@ def _columns(features: Mapping[str, Any], data: DataSettings, flag: str) -> dict
     """``--text_column`` and ``--label_column``: as given, else the only ones that are possible."""
     kinds = {name: _kind(feature) for name, feature in features.items()}
     pairs = [] if data.text_pair_column is None else text_columns(data.text_pair_column, kinds)
-    taken = [*pairs, *([] if data.group_column is None else [data.group_column])]
+    taken = [*pairs, *filter(None, [data.group_column])]
     label = data.label_column or find_label_column(kinds, [*text_columns(data.text_column, kinds), *taken], flag)
     return {"text_column": data.text_column or find_text_column(kinds, [label, *taken], flag), "label_column": label}
 

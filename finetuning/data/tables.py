@@ -69,7 +69,7 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
     given = [data.text_column, *([] if data.text_pair_column is None else [data.text_pair_column])]
 
     def wanted(names: Collection[str]) -> list[str]:
-        others = [data.label_column, *([] if data.group_column is None else [data.group_column])]
+        others = filter(None, (data.label_column, data.group_column))
         return [*(name for one in given for name in text_columns(one, names)), *others]
 
     with readable(path):

@@ -1,5 +1,6 @@
 """Texts with labels: as a source gives them, and as three splits ready for the tokenizer."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,6 +38,12 @@ class LabelledTexts:
     rows: np.ndarray  # (n,) int64
     pairs: list[str] | None = None  # the second text of each pair
     groups: np.ndarray | None = None  # (n,) int64: texts with the same number belong together, in all splits
+
+    @functools.cached_property
+    def contents(self) -> np.ndarray:
+        """A number for each text or pair, (n,), the same for copies. All folds ask for it."""
+        pairs = [""] * len(self.texts) if self.pairs is None else self.pairs
+        return pd.factorize(pd.Series([f"{a.strip()}\0{b.strip()}" for a, b in zip(self.texts, pairs, strict=True)]))[0]
 
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
