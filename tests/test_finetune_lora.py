@@ -22,6 +22,7 @@ from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
 from finetuning.runs.files import ADAPTER, read_result
+from finetuning.runs.messages import called
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
@@ -483,8 +484,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         patch.setattr(FineTuning, "training_step", signalled)
         assert command(*flags(tiny_folders["bert"], review_folder, broken, *more.split())) == 130
     errors = capsys.readouterr().err.splitlines()
-    (told,) = (line for line in errors if line.startswith("interrupted; continue with: python finetune_lora.py "))
-    assert told.endswith(f" --resume --output_dir {broken}"), "the run knows its other settings"
+    (told,) = (line for line in errors if line.startswith("interrupted; continue with: "))
+    assert told.endswith(f"{called('lora', '--resume')} --output_dir {broken}"), "the run knows its other settings"
     assert read_result(broken)["status"] == "interrupted"
     assert read_result(broken)["train"]["steps"] == batch
     if batch > 6:  # an epoch has ended
@@ -529,7 +530,7 @@ def test_a_process_that_is_signalled_says_how_another_one_continues(
     broken.send_signal(signal.SIGTERM)
     _, rest = broken.communicate(timeout=60)
     assert broken.returncode == 130, seen + rest
-    (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
+    (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: "))
     finish(start(shlex.split(told.partition("finetune_lora.py ")[2])))
     with one_thread():
         assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0

@@ -26,7 +26,8 @@ def with_folds(texts: TextData, data: DataSettings) -> TextData:
     """
     assert data.kfold is not None
     train, test = texts.splits["train"], texts.splits["test"]
-    numbers, warning = fold_numbers(train, texts.label_names, data.kfold, data.data_seed)
+    limited = data.limit_train is not None
+    numbers, warning = fold_numbers(train, texts.label_names, data.kfold, data.data_seed, limited)
     if data.fold is None:
         parts, note = (train, train), f"each training text is validation in one of {data.kfold} folds"
     else:
@@ -38,12 +39,17 @@ def with_folds(texts: TextData, data: DataSettings) -> TextData:
     return dataclasses.replace(texts, splits=splits, notes=list(dict.fromkeys([*texts.notes, note, *warning])))
 
 
-def fold_numbers(train: LabelledTexts, label_names: list[str], count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def fold_numbers(
+    train: LabelledTexts, label_names: list[str], count: int, seed: int, limited: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """The fold of each text, (n,) from 1 to ``count``, and warnings.
 
     The texts of each class are dealt out in random order. So the folds differ by one text at most, also within each
     class; multi-label: among the texts with the same rarest label. A text that occurs several times counts once, and
     all of its copies are in one fold. With groups see ``group_folds``: copies stay in their own groups.
+
+    Args:
+        limited: whether ``--limit_train`` may have left a class too few texts.
 
     Raises:
         UserError: a fold would be empty, or train without a class.
@@ -54,7 +60,7 @@ def fold_numbers(train: LabelledTexts, label_names: list[str], count: int, seed:
     if len(first) < count:
         raise UserError(f"--kfold {count}: must be at most {len(first)}, the number of different training texts")
     if train.labels.ndim == 1:
-        _refuse_single(strata[first], label_names, count)
+        _refuse_single(strata[first], label_names, count, limited)
     if train.groups is None:
         order = np.random.default_rng(seed).permutation(len(first))
         order = order[np.argsort(strata[first][order], kind="stable")]
@@ -112,11 +118,13 @@ def group_folds(strata: np.ndarray, groups: np.ndarray, count: int, seed: int) -
     return found
 
 
-def _refuse_single(labels: np.ndarray, names: list[str], count: int) -> None:
+def _refuse_single(labels: np.ndarray, names: list[str], count: int, limited: bool) -> None:
     """Refuses a class with one text: the fold that validates on it would train without the class."""
     classes, texts = np.unique(labels, return_counts=True)
     if texts.min() < 2:
-        advice = doubt_about([names[i] for i in classes], len(labels)) or "add texts of it, or leave it out"
+        doubt = "" if limited else doubt_about([names[i] for i in classes], len(labels))
+        more = "give a larger --limit_train; if it has no more of this class, " if limited else ""
+        advice = doubt or f"{more}add texts of it, or leave it out"
         raise UserError(
             f"--kfold {count}: class {names[classes[texts.argmin()]]!r} has 1 different training text: must be at least"
             f" 2, or the fold that validates on it trains without the class: {advice}"

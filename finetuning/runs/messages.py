@@ -169,12 +169,11 @@ def command_line(words: Sequence[str]) -> str:
     """The command line to type in the current folder. Paths below it become relative."""
     installed = Path(words[0]).name == INSTALLED
     start = [_callable(INSTALLED, Path(words[0]))] if installed else ["python", words[0]]
-    here = re.escape(f"{Path.cwd()}{os.sep}")
-    return shlex.join(re.sub(f"(^|=){here}", r"\1", word) for word in [*start, *words[1:]])
+    return _joined([*start, *words[1:]])
 
 
 def called(name: str, *words: object) -> str:
-    """A call of another command, to type in the current folder: as pip has installed it, or a file of the clone.
+    """A call of a command, to type in the current folder: as pip has installed it, or a file of the clone.
 
     Args:
         name: ``lora`` (a run), ``predict``, ``export`` or ``compare``.
@@ -186,9 +185,13 @@ def called(name: str, *words: object) -> str:
         file = Path(__file__).parents[2] / SCRIPTS[name]
         start = [_callable("python", Path(sys.executable)), os.path.relpath(file)]
     paths = {str(word) for word in words if isinstance(word, Path)}  # one that begins with a dash would be a flag
-    return shlex.join(
-        [*start, *(f"./{word}" if word[:1] == "-" and word in paths else word for word in map(str, words))]
-    )
+    return _joined([*start, *(f"./{word}" if word[:1] == "-" and word in paths else word for word in map(str, words))])
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Words as a command line, with paths below the current folder made relative."""
+    here = re.escape(f"{Path.cwd()}{os.sep}")
+    return shlex.join(re.sub(f"(^|=){here}", r"\1", word) for word in words)
 
 
 def _callable(name: str, path: Path) -> str:

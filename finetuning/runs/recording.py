@@ -13,7 +13,7 @@ from finetuning.processes import is_helper, undisturbed
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
 from finetuning.runs.directory import begun_folds
 from finetuning.runs.files import RESULT, read_origin, write_result
-from finetuning.runs.messages import command_line, summary
+from finetuning.runs.messages import called, command_line, summary
 from finetuning.runs.records import RunRecord
 
 NO_PRIMITIVE = "could not create a primitive"  # oneDNN says no more if it finds no memory
@@ -83,7 +83,7 @@ def _written(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _interruption(directory: Path, at_once: bool) -> str:
     """The message of an interrupted run, with the command that continues it."""
-    command = command_line([sys.argv[0], "--resume", *flag_words({"output_dir": directory})])
+    command = called("lora", "--resume", *flag_words({"output_dir": directory}))
     if not (has_checkpoint(directory) or begun_folds(directory)):
         return f"interrupted before the first checkpoint; start over with: {command}"
     note = "\nit stopped at once, so the last checkpoint is from an earlier step" if at_once else ""

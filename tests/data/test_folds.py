@@ -137,6 +137,16 @@ def test_too_few_texts_are_refused(tmp_path: Path, kfold: int, labels: list[int]
     assert refusal_of(texts_of, text_config(tmp_path, kfold=kfold)).startswith(message)
 
 
+def test_a_limit_may_be_why_a_class_has_one_text(tmp_path: Path) -> None:
+    """Of 60 texts in 30 classes, which look like ids: two of each."""
+    write(tmp_path, "train", [(f"text {i}", i % 30) for i in range(60)])
+    write(tmp_path, "test", [("test 0", 0), ("test 1", 1)])
+    told = refusal_of(texts_of, text_config(tmp_path, kfold=2, limit_train=40))
+    assert told.endswith(
+        ": give a larger --limit_train; if it has no more of this class, add texts of it, or leave it out"
+    )
+
+
 def test_a_class_that_would_leave_train_is_refused(tmp_path: Path) -> None:
     """Its texts are copies of one text with another label."""
     write(tmp_path, "train", [(f"text {i}", i % 2) for i in range(20)] + [("text 3", 2)] * 3)

@@ -86,6 +86,8 @@ def test_a_command_is_called_as_it_is_installed_or_as_a_file(tmp_path: Path, mon
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert called("predict", "runs/my run") == "python predict.py 'runs/my run'"
+    assert called("predict", ROOT / "runs/my run") == "python predict.py 'runs/my run'"
+    (tmp_path / "python").unlink()
+    assert called("lora", "--resume").endswith("/python finetune_lora.py --resume"), "not python, which is another one"
     (tmp_path / "finetune-compare").touch(mode=0o755)
     assert called("compare", "tune", "--resume") == "finetune-compare tune --resume"

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from finetuning.materials import find_materials
 from finetuning.prediction.command import main as predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
-from finetuning.runs.messages import TO_REPORT, TUNED, same_epoch_lines
+from finetuning.runs.messages import TO_REPORT, TUNED, called, same_epoch_lines
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
 from finetuning.steps import read_inputs
@@ -230,7 +229,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
             assert main(command) == 130
         assert read_result(output)["status"] == "interrupted"
         said = capsys.readouterr().err
-        assert f"interrupted; continue with: python {sys.argv[0]}" in said
+        assert f"interrupted; continue with: {called('lora', '--resume', '--output_dir')} " in said
         assert ("SIGTERM: stopping as soon as there is a checkpoint" in said) == (how is stop), "also in a fold"
         first = (output / "folds" / "1" / "result.json").stat()
     assert main([*flags, "--resume"]) == 0
