@@ -2,15 +2,17 @@
 
 Nothing is measured here. The runs are from a row of a study in ``results/``. The tutorial script's time for a text is
 from ``make benchmark`` on the machine of these runs. It is also kept in ``headline.json``, because a later benchmark on
-another machine replaces ``peers.json``. The table goes to docs/speed.md, and a short table of all peers to README.
+another machine replaces ``peers.json``. The table goes to docs/speed.md. README gets a short table of three benchmarks:
+peers, other families and 8-bit products.
 """
 
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import accuracy_table, harness, peers
+from benchmarks import accuracy_table, harness, int8, peers
 from benchmarks.harness import Record
 from compare_methods import README, RESULTS, SPEED
 from finetuning.comparison.packed import read_records
@@ -21,6 +23,18 @@ from finetuning.storage import read_json, write_json
 OUTPUT = harness.RESULTS / "headline.json"
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")
 COLUMNS = ("", "minutes", "test accuracy, %")
+SHORT = (  # model, LoRA on, max_length, peer: the rows of README's table
+    ("minilm", "all", 256, "peft_tuned"),
+    ("minilm", "all", 512, "peft_tuned"),
+    ("base", "all", 256, "peft_tuned"),
+    ("mpnet", "all", 256, "peft_tuned"),
+    ("minilm", "qv", 512, "tutorial_bf16"),
+)
+SHORT_COLUMNS = (
+    "compared with", "model, LoRA on, max_length", "training speed, bf16", "training speed, `--precision fast`",
+    "memory of training, bf16",
+)  # fmt: skip
+PARTS = ("peers", "families", "int8_speed")  # the benchmarks of that table
 
 
 def table(runs: Sequence[Record], peers_result: Record) -> str:
@@ -61,6 +75,35 @@ def table(runs: Sequence[Record], peers_result: Record) -> str:
     )
     environments = [record["environment"] for record in (*runs, peers_result)]
     return f"{conditions}\n\n{dated(Table(COLUMNS, rows), environments)}"
+
+
+def short_table(peers_result: Record, families_result: Record, int8_result: Record) -> str:
+    """The comparisons of ``SHORT`` in Markdown, medians only; what was not measured stays empty.
+
+    Where two benchmarks have measured a speed, the one counts that has taken turns in bf16 and in 8 bits.
+    """
+    results = peers_result, families_result, int8_result
+    speeds: dict[tuple[Any, ...], Any] = {}
+    memories: dict[tuple[Any, ...], Any] = {}
+    for result in (peers_result, families_result):
+        for row in peers.compare(result["measurements"]):
+            key = (*row["work"], row["theirs"])
+            speeds[row["ours"], *key] = row["train"]
+            if row["ours"] == "suite":
+                memories[key] = row["memory"]
+    for work, by_contestant in int8.by_work(int8_result):
+        key = work["model"], work["targets"], work["max_length"], "peft_tuned"
+        for ours, name in (("suite", "dense"), ("suite_int8", "int8")):
+            ratio = harness.ratios(by_contestant[name], by_contestant["peft_tuned"], "train_tokens_per_second")
+            if ratio is not None:
+                speeds[ours, *key] = ratio
+    rows = []
+    for key in SHORT:
+        ratios = speeds.get(("suite", *key)), speeds.get(("suite_int8", *key)), memories.get(key)
+        shown = ("" if ratio is None else f"{ratio.median:.2f}" for ratio in ratios)
+        rows.append((peers.NAMES[key[-1]], peers.place(*key[:3]), *shown))
+    machines = " and ".join(dict.fromkeys(harness.machine(result["environment"]) for result in results))
+    return f"{machines}.\n\n{dated(Table(SHORT_COLUMNS, rows), [result['environment'] for result in results])}"
 
 
 def _machine(record: Record) -> tuple[str, int]:
@@ -108,7 +151,7 @@ def main(argv: Sequence[str] | None) -> int:
     peers_result = measured_on_same_machine(runs)
     content = table(runs, peers_result)
     renew_tables(SPEED, {"headline": content})
-    renew_tables(README, {"speed_short": peers.short_table(read_json(peers.OUTPUT))})
+    renew_tables(README, {"speed_short": short_table(*(read_json(harness.RESULTS / f"{name}.json") for name in PARTS))})
     write_json(OUTPUT, peers_result)
     print(content)
     return 0

@@ -6,7 +6,7 @@ batches of the same texts. A ratio is from two measurements of the same round.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -97,12 +97,9 @@ def record_line(record: Record) -> str:
 
 def table(result: Record) -> str:
     """Markdown: one row for each work, with the ratios of the rounds."""
-    environment, records, rows = result["environment"], result["measurements"], []
-    for work in result["works"]:
-        dense, int8, peer = (
-            [record for record in records if record["contestant"] == name and record["work"] == work]
-            for name in ("dense", "int8", "peft_tuned")
-        )
+    rows = []
+    for work, measured in by_work(result):
+        dense, int8, peer = (measured[name] for name in ("dense", "int8", "peft_tuned"))
         rates = [harness.spread([r["train_tokens_per_second"] for r in part]) for part in (int8, dense)]
         shares = (
             harness.ratios(int8, dense, "train_tokens_per_second"),
@@ -121,7 +118,17 @@ def table(result: Record) -> str:
     # without instructions of its own, a work is possible wherever the measurement is
     if missing := [WITHOUT_INT8[w.processor] for w in PLAN if w.processor and asdict(w) not in result["works"]]:
         conditions += f"\nNot measured: {'; '.join(missing)}."
-    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), [environment])}"
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), [result['environment']])}"
+
+
+def by_work(result: Record) -> Iterator[tuple[Record, dict[str, list[Record]]]]:
+    """Each work, and the measurements of each contestant at it."""
+    for work in result["works"]:
+        found: dict[str, list[Record]] = {"dense": [], "int8": [], "peft_tuned": []}
+        for record in result["measurements"]:
+            if record["work"] == work:
+                found[record["contestant"]].append(record)
+        yield work, found
 
 
 def possible() -> list[Work]:

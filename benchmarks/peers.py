@@ -18,9 +18,8 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Record
 from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepared
-from compare_methods import README
 from finetuning.errors import UserError
-from finetuning.pages import Table, dated, renew_tables
+from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 from finetuning.storage import read_json
 
@@ -52,12 +51,6 @@ NAMES = {
 }
 PLACES = {"qv": "query, value", "all": "all linears"}
 RATIO, FAILED = "(suite / peer)", " (failed at least once)"
-SHORT = (  # model, LoRA on, max_length, peer: the rows of README's table
-    ("minilm", "all", 256, "peft_tuned"),
-    ("minilm", "all", 512, "peft_tuned"),
-    ("base", "all", 256, "peft_tuned"),
-    ("minilm", "qv", 512, "tutorial_bf16"),
-)
 
 
 # --- what is measured
@@ -236,22 +229,6 @@ def table(result: Record) -> str:
     return "\n\n".join(parts)
 
 
-def short_table(result: Record) -> str:
-    """The comparisons of ``SHORT`` in Markdown, medians only; a row that was not measured is left out."""
-    found = {(*row["work"], row["theirs"]): row for row in compare(result["measurements"]) if row["ours"] == "suite"}
-    columns = (*reversed(COLUMNS), f"training speed {RATIO}", f"memory of training {RATIO}")
-    rows = [
-        (
-            NAMES[row["theirs"]],
-            place(*row["work"]),
-            *(f"{row[key].median:.2f}" if row[key] else "" for key in ("train", "memory")),
-        )
-        for row in map(found.get, SHORT)
-        if row is not None
-    ]
-    return dated(Table(columns, rows), [result["environment"]])
-
-
 def place(model: str, targets: str, max_length: int) -> str:
     """A work as the tables name it: model, linears with LoRA, longest text."""
     return f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
@@ -326,8 +303,6 @@ def main(argv: Sequence[str] | None) -> int:
     journal = harness.start_journal("peers", arguments, conditions, show=record_line)
     measure_in_processes(works, repeats, seconds, not arguments.quick, journal)
     harness.publish("peers", journal, table, partly)
-    if not partly:
-        renew_tables(README, {"speed_short": short_table(journal.result)})
     return 0
 
 

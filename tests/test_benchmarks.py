@@ -189,7 +189,7 @@ def headline_table() -> str:
     ("page", "marker", "table"),
     [
         (SPEED, "peers", lambda: peers.table(stored("peers"))),
-        (README, "speed_short", lambda: peers.short_table(stored("peers"))),
+        (README, "speed_short", lambda: headline.short_table(*map(stored, headline.PARTS))),
         (SPEED, "headline", headline_table),
         (SPEED, "plain_path", lambda: plain_path.table(stored("plain_path"))),
         (SPEED, "families", lambda: families.table(stored("families"))),
