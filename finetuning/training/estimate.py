@@ -79,12 +79,9 @@ def measure_steps(
     measured, tokens = batches[1:] or batches, loader.tokens_per_epoch
     seconds = _first_and_later("epoch", measured, device, tokens, frozen.get("train"), step)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
-    with merged(classifier.eval().model), torch.inference_mode():
-        for name in (name for name in ("validation", "test") if name in splits):
-            loaded = evaluation_loader(splits[name], training, pad_id, pin_memory=hardware.on_gpu)
-            evaluated, tokens = _spread(loaded, MEASURED_EVALUATIONS), int(splits[name].lengths.sum())
-            classifier.logits(move_data_to_device(evaluated[0], device))  # warm-up: evaluation uses other kernels
-            seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
+    for name in (name for name in ("validation", "test") if name in splits):
+        loaded = evaluation_loader(splits[name], training, pad_id, pin_memory=hardware.on_gpu)
+        seconds |= _evaluation_seconds(name, classifier, loaded, splits[name], device, frozen.get(name))
     seconds["run"] = run_seconds(seconds, training.epochs)
     gradients = sum(p.nbytes for p in trained.values())
     average = gradients if training.average != "none" else 0  # what the measured steps do not have yet, as kept outputs
@@ -99,6 +96,21 @@ def measure_steps(
         "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept + average,
     }
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
+
+
+def _evaluation_seconds(
+    name: str,
+    classifier: Classifier,
+    loader: DataLoader[dict[str, Tensor]],
+    split: TokenizedSplit,
+    device: torch.device,
+    outputs: FrozenOutputs | None,
+) -> dict[str, float]:
+    """The seconds to evaluate a split, as ``_first_and_later`` names them."""
+    batches, tokens = _spread(loader, MEASURED_EVALUATIONS), int(split.lengths.sum())
+    with merged(classifier.eval().model), torch.inference_mode():
+        classifier.logits(move_data_to_device(batches[0], device))  # warm-up: evaluation uses other kernels
+        return _first_and_later(name, batches, device, tokens, outputs, classifier.logits)
 
 
 def run_seconds(seconds: dict[str, float], epochs: int) -> float:
