@@ -4,39 +4,47 @@ Folds that keep groups of texts whole, ``--group_column``, also cut a table into
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from finetuning.data.labels import doubt_about, rarest_labels
-from finetuning.data.texts import LabelledTexts, TextData
+from finetuning.data.texts import LabelledTexts, Pool, TextData
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
+
+LARGE_FOLD = 2  # times the mean size of the folds
 
 
 def with_folds(texts: TextData, data: DataSettings) -> TextData:
     """The texts with a validation split: one fold, or all training texts, each of which is validation in one fold.
 
     Args:
-        texts: train and test, or the result of an earlier call without ``fold``.
-        data: ``kfold``, ``fold`` and ``data_seed``.
+        texts: train and test, or the result of an earlier call.
+        data: ``kfold``, ``fold``, ``data_seed`` and ``limit_train``.
 
     Raises:
         UserError: there are too few texts for the folds.
     """
     assert data.kfold is not None
-    train, test = texts.splits["train"], texts.splits["test"]
-    limited = data.limit_train is not None
-    numbers, warning = fold_numbers(train, texts.label_names, data.kfold, data.data_seed, limited)
+    pool = texts.pool
+    warnings: list[str] = []
+    if pool is None:
+        train, limited = texts.splits["train"], data.limit_train is not None
+        numbers, warnings = fold_numbers(train, texts.label_names, data.kfold, data.data_seed, limited)
+        pool = Pool(train, numbers)
+    train = pool.texts
     if data.fold is None:
         parts, note = (train, train), f"each training text is validation in one of {data.kfold} folds"
     else:
-        held_out = numbers == data.fold
+        held_out = pool.folds == data.fold
         known = _known(train.contents, held_out)
         parts = train.taken(np.flatnonzero(~known)), train.taken(np.flatnonzero(held_out))
         note = f"validation is fold {data.fold} of the {data.kfold} folds of the training texts"
-    splits = {"train": parts[0], "validation": parts[1], "test": test}
-    return dataclasses.replace(texts, splits=splits, notes=list(dict.fromkeys([*texts.notes, note, *warning])))
+    splits = {"train": parts[0], "validation": parts[1], "test": texts.splits["test"]}
+    notes = list(dict.fromkeys([*texts.notes, note, *warnings]))
+    return dataclasses.replace(texts, splits=splits, notes=notes, pool=pool)
 
 
 def fold_numbers(
@@ -70,9 +78,14 @@ def fold_numbers(
     else:
         if (groups := len(np.unique(train.groups))) < count:
             raise UserError(f"--kfold {count}: must be at most {groups}, the number of groups of the training texts")
-        found = group_folds(strata, train.groups, count, seed)
+        found = group_folds(strata, train.groups, [1] * count, seed)
         why = "belong to few groups: label texts of other groups, or leave the class out"
     warnings = []
+    if (largest := int(np.bincount(found).max())) > LARGE_FOLD * len(found) / count:
+        warnings.append(
+            f"warning: {largest:,} of {len(found):,} training texts are in one fold, because groups stay whole: the run"
+            f" that validates on it trains on {len(found) - largest:,}"
+        )
     if copies := int((pd.Series(found).groupby(codes).transform("nunique") > 1).sum()):
         warnings.append(f"{copies} training texts have copies in groups of other folds, which train without them")
     if train.labels.ndim == 1:
@@ -80,8 +93,13 @@ def fold_numbers(
         for fold in range(1, count + 1):
             lost = set(folds.index) - set(train.labels[~_known(codes, found == fold)])
             if lost:  # its texts were dealt out by their groups, or as copies of texts with other labels
-                name = label_names[min(lost)]
-                raise UserError(f"--kfold {count}: the texts of class {name!r} are in one fold, because they {why}")
+                what = f"the texts of class {label_names[min(lost)]!r} are in one fold, because they {why}"
+                if folds[min(lost)] > 1:
+                    what = (
+                        f"fold {fold} would train without class {label_names[min(lost)]!r}, because it has all of its"
+                        " texts or copies of them: remove copies, or leave out --group_column"
+                    )
+                raise UserError(f"--kfold {count}: {what}")
         fewest, name = folds.min(), label_names[int(folds.idxmin())]
         if fewest < count:
             warnings.append(f"warning: class {name!r} is in {fewest} of the {count} folds only, which validate on it")
@@ -93,26 +111,29 @@ def _known(codes: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     return np.isin(codes, codes[held_out])
 
 
-def group_folds(strata: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The fold of each text, (n,) from 1 to ``count``. No group is in two folds, and none of these is empty.
+def group_folds(strata: np.ndarray, groups: np.ndarray, sizes: Sequence[float], seed: int) -> np.ndarray:
+    """The fold of each text, (n,) from 1 on. No group is in two folds.
 
     One group after another, the largest first, goes to the fold that then leaves the squared shares of all classes, and
-    of all texts, with the smallest sum: it spreads them evenly, as far as whole groups can.
+    of all texts, each divided by the size of its fold, with the smallest sum: it spreads them evenly, as far as whole
+    groups can. With equal sizes no fold is empty.
 
     Args:
         strata: (n,) int class of each text.
-        groups: (n,) group of each text; at least ``count`` different ones.
+        groups: (n,) group of each text; at least as many different ones as folds.
+        sizes: of the folds, in any unit.
         seed: decides among groups of one size.
     """
     _, members = np.unique(groups, return_inverse=True)
     places = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1])
     totals = np.append(np.bincount(strata), len(strata)).clip(1)
     order = np.random.default_rng(seed).permutation(len(places))
-    filled, found = np.zeros((count, len(totals))), np.empty(len(strata), dtype=np.int64)
+    wanted, found = np.asarray(sizes), np.empty(len(strata), dtype=np.int64)
+    filled = np.zeros((len(wanted), len(totals)))
     for group in sorted(order, key=lambda group: -len(places[group])):
         texts = places[group]
         share = np.append(np.bincount(strata[texts], minlength=len(totals) - 1), len(texts)) / totals
-        fold = np.argmin(filled @ share)  # (x + share)^2 grows least where x * share is smallest
+        fold = np.argmin((2 * filled @ share + share @ share) / wanted)  # the growth of (x + share)^2 / size
         filled[fold] += share
         found[texts] = fold + 1
     return found

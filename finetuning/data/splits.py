@@ -138,31 +138,34 @@ def numbered_groups(source: Source) -> Source:
 
 
 def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSettings) -> list[pd.DataFrame]:
-    """As ``_parts``, with no group in two parts.
-
-    Each part but the first is one fold, of those that are nearest to its share and leave texts of each class to train.
-    """
-    count, flag = sum(shares) // shares[-1], f"--group_column {data.group_column}"
-    way = "give validation and test files of your own, or leave it out"
-    if (groups := table.group.nunique()) < count:
+    """As ``_parts``, with no group in two parts, refused if train would lack a class, or a part half of its texts."""
+    places = group_folds(table.label.to_numpy(), table.group.to_numpy(), shares, data.data_seed)
+    parts = [table[places == part] for part in range(1, len(shares) + 1)]
+    lacks = "labels" not in table and parts[0].label.nunique() < table.label.nunique()  # multi-label: train may
+    if lacks or any(
+        2 * len(part) < len(table) * share / sum(shares) for part, share in zip(parts, shares, strict=True)
+    ):
         raise UserError(
-            f"{flag}: {groups} groups are too few for parts that share none: must be at least {count}: {way}"
-        )
-    folds = group_folds(table.label.to_numpy(), table.group.to_numpy(), count, data.data_seed)
-    held_out: list[int] = []
-    distances = np.abs(np.bincount(folds)[1:] - len(table) / count)
-    for fold in np.argsort(distances, kind="stable") + 1:
-        rest = table.label[~np.isin(folds, [*held_out, fold])]
-        complete = "labels" in table or rest.nunique() == table.label.nunique()  # multi-label: train may lack a label
-        if len(held_out) < len(shares) - 1 and complete:
-            held_out.append(fold)
-    parts = [table[~np.isin(folds, held_out)], *(table[folds == fold] for fold in held_out)]
-    if len(parts) < len(shares) or 2 * min(map(len, parts)) < len(table) / count:
-        raise UserError(
-            f"{flag}: its groups are too unequal for parts that share none, as a part would lack a class or half of its"
-            f" texts: {way}"
+            f"--group_column {data.group_column}: {table.group.nunique()} groups are too few or too unequal for parts"
+            f" {':'.join(map(str, shares))} that share none: a part would lack a class or half of its texts: give"
+            " validation and test files of your own, or leave it out"
         )
     return parts
+
+
+def _carved(tables: dict[str, pd.DataFrame], names: list[str], data: DataSettings) -> list[pd.DataFrame]:
+    """Train, and a tenth of it for another split, which has no group of the splits that are there."""
+    train, others = tables["train"], [table for name, table in tables.items() if name != "train"]
+    if "group" not in train or not others:
+        return _parts(train, (90, 10), names, data)
+    shared = _shares_group(train, pd.concat(others))
+    if shared.all():
+        raise UserError(
+            f"--group_column {data.group_column}: each group of train is in {' or '.join(set(tables) - {'train'})}, so"
+            " none is left to train on: leave out this flag, or those texts"
+        )
+    kept, carved = _parts(train[~shared], (90, 10), names, data)
+    return [pd.concat([kept, train[shared]]).sort_index(), carved]  # without_leaks removes and counts those
 
 
 def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[dict[str, pd.DataFrame], str]:
@@ -178,7 +181,7 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
         splits = dict(tables)
         wanted = {"test"} if data.kfold is not None else {"validation", "test"}  # folds are validation
         for missing in wanted - set(tables):  # at most one
-            splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, data)
+            splits["train"], splits[missing] = _carved(tables, names, data)
         test = source.test_is if "test" in tables else "held-out test"
         return {split: splits[split] for split in SPLITS if split in splits}, f"{source.name}, {test} ({source.where})"
     resplit = DATASETS[data.dataset].resplit if kind == "resplit" else None
@@ -240,7 +243,8 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
     if train.empty and (more or "labels" in held_out):
         either = ", or their group does" if more else ""
         raise UserError(
-            f"--data_dir: all {len(leaks)} training texts also appear in validation or test{either}: remove repeats"
+            f"--data_dir: all {len(leaks)} training texts also appear in validation or test{either}:"
+            f" {'leave some groups to train alone' if more else 'remove repeats'}"
         )
     if "labels" in held_out:  # multi-label: unseen_labels warns
         return kept, dropped, notes

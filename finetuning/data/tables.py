@@ -1,6 +1,7 @@
 """Tables of texts and labels: the file of each split, and the checks of its rows."""
 
 import json
+import unicodedata
 from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
@@ -133,8 +134,12 @@ def _groups(table: pd.DataFrame, path: Path | str, column: str) -> Any:
     flag = f"--group_column {column}"
     if column not in table.columns:
         raise UserError(f"{flag}: must be a column of {path}, which has: {shown_columns(table.columns)}")
-    names = table[column].astype(str).str.strip()
-    missing = table[column].isna() | (names == "")
+    values = table[column].astype(object)
+    if values.map(lambda value: isinstance(value, list | tuple | dict | np.ndarray)).any():
+        raise UserError(f"{flag}: column {column} of {path} holds lists or objects: must be one name or number a row")
+    names = values.map(lambda value: str(float(value) if isinstance(value, Decimal) else value).strip())
+    names = names.map(lambda name: unicodedata.normalize("NFC", name))  # one letter may be written in two ways
+    missing = values.isna() | (names == "")
     _refuse_rows(table.index[missing.to_numpy(bool)], "group", flag, path, "give each such text a group of its own")
     numbers = {name: as_number(name) for name in names.unique()}
     whole = {name: str(int(n)) for name, n in numbers.items() if isinstance(n, float) and n.is_integer()}

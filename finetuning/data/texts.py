@@ -51,17 +51,23 @@ class LabelledTexts:
         texts = [self.texts[i] for i in positions]
         return LabelledTexts(texts, self.labels[positions], self.rows[positions], pairs, groups)
 
-    def followed_by(self, other: "LabelledTexts") -> "LabelledTexts":
-        """These texts and then those of another split of the same data."""
-        pairs = None if self.pairs is None else [*self.pairs, *(other.pairs or ())]
-        labels, rows = np.concatenate([self.labels, other.labels]), np.concatenate([self.rows, other.rows])
-        groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
-        return LabelledTexts([*self.texts, *other.texts], labels, rows, pairs, groups)
-
     def by_row(self) -> dict[int, tuple[str, ...]]:
         """Row -> its text, or the two texts of its pair."""
         columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)
         return dict(zip(self.rows.tolist(), zip(*columns, strict=True), strict=True))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training texts of all folds of ``--kfold``, and the fold of each, (n,) from 1 on."""
+
+    texts: LabelledTexts
+    folds: np.ndarray
+
+    @property
+    def sha256(self) -> str:
+        """Of the folds, and of which texts are copies: groups and spelling, which tokens may not show, decide both."""
+        return hashlib.sha256(self.folds.tobytes() + self.texts.contents.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class TextData:
     leaks_dropped: int  # texts removed from train because they also appear in validation or test
     notes: list[str] = field(default_factory=list)  # one sentence for each change of the data
     columns: dict[str, str] = field(default_factory=dict)  # text_column and label_column, as given or found
+    pool: Pool | None = None  # of ``--kfold``
 
     @property
     def sizes(self) -> dict[str, int]:

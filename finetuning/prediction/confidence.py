@@ -130,6 +130,8 @@ def read_confidence(trained: Trained, rule: Rule, least: float | None, risk: flo
     )
     if folds:
         shown += " (about: the classifiers of the folds gave these answers)"
+    if run.config.data.group_column is not None:
+        shown += ", and if each text is a group of its own: texts of one group are alike, so more may be wrong"
     return replace(found, least=float(chosen.shown), notes=(*notes, shown), reached=(chosen.answered, chosen.texts))
 
 

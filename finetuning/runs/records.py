@@ -187,7 +187,10 @@ def data_hashes(texts: Any, splits: Any) -> dict[str, str]:
         texts: ``TextData``.
         splits: split -> ``TokenizedSplit``.
     """
-    return {name: split.sha256 for name, split in splits.items()} | {"class names": "\n".join(texts.label_names)}
+    folds = {} if texts.pool is None else {"cut into folds": texts.pool.sha256}
+    return (
+        {name: split.sha256 for name, split in splits.items()} | {"class names": "\n".join(texts.label_names)} | folds
+    )
 
 
 def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> TrainRecord:

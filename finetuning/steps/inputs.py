@@ -109,15 +109,13 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_processes(config.hardware)
     base, texts = find_base_model(config, materials.folder), materials.texts
     hardware, found = find_hardware(config, base)
-    labels = texts.splits["train"].labels
-    whole = labels  # a fold alone is trained as in the run with all folds, whose budget is that of all its texts
-    if config.data.fold is not None:
-        whole = np.concatenate([labels, texts.splits["validation"].labels])
+    # a fold alone is trained as in the run with all folds, whose budget is that of all its texts
+    whole = texts.splits["train"].labels if texts.pool is None else texts.pool.texts.labels
     size = whole, len(texts.label_names), config.hardware.processes
     found |= training_budget(config.training, *size)
     task, advice = task_of(texts, config.training)
     of_splits = {name: split.labels for name, split in texts.splits.items()}
-    advice += advice_on_texts(config, base, task, of_splits, partial(takes_kfold, config, texts))
+    advice += advice_on_texts(config, base, task, of_splits, partial(takes_kfold, config))
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
 from finetuning.config import RunConfig
-from finetuning.data.folds import fold_numbers
-from finetuning.data.texts import TextData
+from finetuning.data.loading import load_texts
 from finetuning.errors import UserError, counted, listed
 from finetuning.models.base_model import BaseModel
 from finetuning.runs.adapters import Adapter
@@ -47,14 +47,12 @@ def advice_on_texts(
     return advice + (pooling_advice(training, config.name, config.lora, tried) if reads_first else [])
 
 
-def takes_kfold(config: RunConfig, texts: TextData) -> bool:
-    """Whether a run could have ``--kfold 5`` as well, which pools the texts of train and validation."""
-    if not config.takes_kfold:
-        return False
-    with suppress(UserError):
-        pool = texts.splits["train"].followed_by(texts.splits["validation"])
-        fold_numbers(pool, texts.label_names, ADVISED_FOLDS, config.data.data_seed)
-        return True
+def takes_kfold(config: RunConfig) -> bool:
+    """Whether a run could have ``--kfold 5`` as well. It reads the texts again, because folds split them otherwise."""
+    if config.takes_kfold:
+        with suppress(UserError):
+            load_texts(replace(config.data, kfold=ADVISED_FOLDS), config.run.offline)
+            return True
     return False
 
 

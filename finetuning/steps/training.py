@@ -95,8 +95,7 @@ def train(training: Training) -> TrainedRecord:
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, counts, texts)
-    folds_fit = partial(takes_kfold, training.claim.config, training.inputs.texts)
-    found += chance_advice(task, labels, logits, texts, kfold, folds_fit)
+    found += chance_advice(task, labels, logits, texts, kfold, partial(takes_kfold, training.claim.config))
     adapter, epochs = training.inputs.adapter, module.settings.epochs
     compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well
     if adapter is not None and adapter.knows(training.claim.config.data):

@@ -43,9 +43,10 @@ def _facts_of(config: RunConfig) -> Facts:
     materials, limited = find_materials(config), config.data.limit_validation is not None
     validation = len(materials.texts.splits["validation"].texts)
     if validation < FEWEST_VALIDATION_TEXTS:
-        way = (
-            f"a validation file of that size, or a table of {10 * FEWEST_VALIDATION_TEXTS}, of which a tenth validates"
-        )
+        table = f"a table of {10 * FEWEST_VALIDATION_TEXTS}, of which a tenth validates"
+        if config.data.group_column is not None:  # whole groups are not exactly a tenth
+            table = "a larger table"
+        way = f"a validation file of that size, or {table}"
         raise UserError(
             f"tune: validation has {validation} texts, and a search needs {FEWEST_VALIDATION_TEXTS}, because it chooses"
             f" by them (it has no cross-validation): give {'a larger --limit_validation' if limited else way}"

@@ -195,7 +195,20 @@ def test_a_class_whose_texts_are_copied_into_each_fold_is_refused(tmp_path: Path
         marked = [row | {"text": f"{name} {row['text']}", "by": f"{name} {row['by']}"} for row in table]
         (tmp_path / f"{name}.json").write_text(json.dumps(marked))
     message = refusal_of(texts_of, text_config(tmp_path, kfold=2, group_column="by"))
-    assert message.startswith("--kfold 2: the texts of class '2' are in one fold, because they belong to few groups")
+    assert message.startswith(
+        "--kfold 2: fold 1 would train without class '2', because it has all of its texts or copies"
+    )
+
+
+def test_a_fold_that_is_nearly_everything_is_said(tmp_path: Path) -> None:
+    table = [{"text": f"text {i}", "label": i % 2, "by": max(i - 80, 0)} for i in range(100)]
+    (tmp_path / "train.json").write_text(json.dumps(table))
+    (tmp_path / "test.json").write_text(json.dumps([{"text": f"test {i}", "label": i, "by": -i - 1} for i in (0, 1)]))
+    texts = texts_of(text_config(tmp_path, kfold=5, group_column="by"))
+    said = (
+        "81 of 100 training texts are in one fold, because groups stay whole: the run that validates on it trains on 19"
+    )
+    assert f"warning: {said}" in texts.notes
 
 
 @pytest.mark.parametrize("unequal", [False, True])
@@ -203,14 +216,14 @@ def test_groups_of_any_size_fill_folds_evenly(unequal: bool) -> None:
     """As evenly as scikit-learn's StratifiedGroupKFold, within a text."""
     rng = np.random.default_rng(3)
     strata, groups = rng.choice(3, 2000, p=[0.7, 0.2, 0.1]), (400 * rng.random(2000) ** (1 + unequal)).astype(int)
-    ours, theirs = group_folds(strata, groups, 5, 0), np.empty(2000, dtype=int)
+    ours, theirs = group_folds(strata, groups, [1] * 5, 0), np.empty(2000, dtype=int)
     for fold, (_, held_out) in enumerate(StratifiedGroupKFold(5).split(strata, strata, groups), 1):
         theirs[held_out] = fold
     assert set(ours) == {1, 2, 3, 4, 5}
     assert pd.Series(ours).groupby(groups).nunique().max() == 1
     spread = [pd.crosstab(folds, strata, margins=True).iloc[:5].std().to_numpy() for folds in (ours, theirs)]
     assert (spread[0] <= spread[1] + 1).all()
-    assert (group_folds(strata, groups, 5, 1) != ours).any()
+    assert (group_folds(strata, groups, [1] * 5, 1) != ours).any()
 
 
 @pytest.mark.parametrize(

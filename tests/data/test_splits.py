@@ -1,5 +1,7 @@
 """Splits, leaks, limits and label codes."""
 
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -131,34 +133,21 @@ def test_no_group_is_in_two_parts_of_a_table(tmp_path: Path, several: bool) -> N
 
 
 def test_a_large_group_trains_and_each_class_as_well(tmp_path: Path) -> None:
-    table = frame(400).assign(by=[max(i - 199, 0) for i in range(400)])
+    table = frame(400).assign(by=[max(i - 299, 0) for i in range(400)])
     table.loc[390:, "label"], table.loc[390:, "by"] = 2, [1000] * 5 + [1001] * 5  # a class of two groups
     table.to_parquet(tmp_path / "train.parquet")
     for seed in range(8):
         splits = texts_of(text_config(tmp_path, group_column="by", data_seed=seed)).splits
-        assert set(range(200)) <= set(splits["train"].rows)
+        assert set(range(300)) <= set(splits["train"].rows)
         assert set(splits["train"].labels) == {0, 1, 2}
-        assert all(len(splits[name].texts) > 20 for name in ("validation", "test"))
+        assert all(len(splits[name].texts) in range(38, 43) for name in ("validation", "test"))
 
 
 @pytest.mark.parametrize(
     ("classes", "groups", "message"),
     [
-        (
-            2,
-            [i % 9 for i in range(100)],
-            "9 groups are too few for parts that share none: must be at least 10: give valid",
-        ),
-        (
-            2,
-            [max(i - 89, 0) for i in range(100)],
-            "its groups are too unequal for parts that share none, as a part would",
-        ),
-        (
-            10,
-            [i % 10 for i in range(100)],
-            "its groups are too unequal for parts that share none, as a part would lack",
-        ),
+        (2, [i % 3 for i in range(100)], "3 groups are too few or too unequal for parts 80:10:10 that share none: a"),
+        (2, [max(i - 92, 0) for i in range(100)], "8 groups are too few or too unequal for parts 80:10:10"),
     ],
 )
 def test_groups_that_cannot_be_cut_are_refused(tmp_path: Path, classes: int, groups: list[int], message: str) -> None:
@@ -175,9 +164,9 @@ def test_groups_of_test_leave_train_and_a_validation_that_was_taken_from_it(tmp_
     kept = {name: set(split.rows // 5) for name, split in texts.splits.items()}
     assert not (kept["train"] | kept["validation"]) & {70, 71, 72, 73}
     assert not kept["train"] & kept["validation"]
-    assert sum(len(texts.splits[name].texts) for name in ("train", "validation")) == 380
-    removed = [int(note.split()[1]) for note in texts.notes if note.startswith("removed")]
-    assert sum(removed) + texts.leaks_dropped == 20
+    assert [len(texts.splits[name].texts) for name in ("train", "validation")] == [340, 40], "a tenth of what is left"
+    assert texts.leaks_dropped == 1
+    assert "removed 19 more training texts whose group is in another split" in texts.notes
 
     grouped(20, first=72, word="validation").to_parquet(tmp_path / "validation.parquet")  # 72 to 75
     texts = texts_of(text_config(tmp_path, group_column="patient"))
@@ -185,6 +174,37 @@ def test_groups_of_test_leave_train_and_a_validation_that_was_taken_from_it(tmp_
     assert not set(texts.splits["train"].rows // 5) & set(range(70, 76))
     known = "10 of 20 validation texts also appear in, or share a group with, test, so the test score may be too high"
     assert f"warning: {known}" in texts.notes
+
+
+def test_a_test_that_is_cut_has_no_group_of_a_validation_that_was_given(tmp_path: Path) -> None:
+    grouped(400).to_parquet(tmp_path / "train.parquet")
+    grouped(200, first=40, word="validation").to_parquet(tmp_path / "validation.parquet")  # half of the groups
+    texts = texts_of(text_config(tmp_path, group_column="patient"))
+    groups = {name: set(split.rows // 5 + 40 * (name == "validation")) for name, split in texts.splits.items()}
+    assert {name: len(split.texts) for name, split in texts.splits.items()} == {
+        "train": 180,
+        "validation": 200,
+        "test": 20,
+    }
+    assert not groups["train"] & groups["test"] | (groups["train"] | groups["test"]) & groups["validation"]
+    grouped(400, word="test").to_parquet(tmp_path / "validation.parquet")
+    message = refusal_of(texts_of, text_config(tmp_path, group_column="patient"))
+    assert message.startswith("--group_column patient: each group of train is in validation, so none is left")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [(lambda i: Decimal(f"{i}.00"), "1"), (lambda i: f"Jos\u00e9 {i}", "Jose\u0301 1")]
+)
+def test_a_group_has_one_name_in_every_form(tmp_path: Path, train: Callable[[int], Any], test: str) -> None:
+    frame(100).assign(by=[train(i // 5) for i in range(100)]).to_parquet(tmp_path / "train.parquet")
+    frame(2, word="test").assign(by=test).to_csv(tmp_path / "test.csv", index=False)
+    assert len(texts_of(text_config(tmp_path, group_column="by", kfold=2)).splits["train"].texts) == 95
+
+
+def test_a_list_is_no_group(tmp_path: Path) -> None:
+    frame(40).assign(by=[["a"]] * 40).to_parquet(tmp_path / "train.parquet")
+    told = refusal_of(texts_of, text_config(tmp_path, group_column="by"))
+    assert told.endswith("holds lists or objects: must be one name or number a row")
 
 
 def test_a_number_is_the_same_group_in_every_form(tmp_path: Path) -> None:
@@ -199,7 +219,7 @@ def test_training_texts_that_all_share_a_group_with_test(tmp_path: Path) -> None
     for name in ("train", "test"):
         grouped(20, word=name).assign(label=[["a"], ["b"]] * 10).to_parquet(tmp_path / f"{name}.parquet")
     message = refusal_of(texts_of, text_config(tmp_path, kfold=2, group_column="patient"))
-    assert "all 20 training texts also appear in validation or test, or their group does: remove repeats" in message
+    assert message.endswith("or test, or their group does: leave some groups to train alone")
 
 
 def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:

@@ -267,6 +267,25 @@ def test_a_run_whose_texts_have_changed_is_not_continued(
     assert not (output / "folds").exists()
 
 
+def test_a_run_whose_texts_would_be_in_other_folds_is_not_continued(
+    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first fold has finished, and the tokens are the same: only the groups are others."""
+    data, output = Path(shutil.copytree(few_reviews, tmp_path / "data")), tmp_path / "run"
+    for name in ("train", "test"):
+        table = pd.read_csv(data / f"{name}.csv")
+        table.assign(by=[f"{name} {i // 2}" for i in range(len(table))]).to_csv(data / f"{name}.csv", index=False)
+    flags = words(output, "--group_column", "by", "--epochs", "1", data=data)
+    with monkeypatch.context() as patch:
+        interrupting(patch, "2", "on_train_batch_start", 2, stop)
+        assert main(flags) == 130
+    table = pd.read_csv(data / "train.csv")
+    table.assign(by=table["by"].sample(frac=1, random_state=0).to_numpy()).to_csv(data / "train.csv", index=False)
+    capsys.readouterr()
+    assert main([*flags, "--resume"]) == 2
+    assert "cut into folds of the data is not the one with which" in capsys.readouterr().err
+
+
 def test_a_fold_that_fails_ends_the_run(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = words(tmp_path / "run", "--precision", "fp32")
     assert main([*flags, "--learning_rate", "1e38", "--gradient_clip", "0"]) == 1

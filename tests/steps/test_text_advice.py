@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from compare_methods import RESULTS
-from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.materials import find_materials
 from finetuning.steps.inputs import read_inputs
 from finetuning.steps.text_advice import (
@@ -70,15 +69,18 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
         ("a1 a2 a3 b1", "a4 a5", "", False),  # a class of one text
         ("a1 a2 a3 a4 b1", "a5 b1", "", False),  # which may be there twice
         ("a1 a2 b1", "b2", "", False),  # four texts
+        ("a1 a2 b1", "b2 a3", "--limit_train 4", False),
+        ("a1 a2 b1", "b2 a8", "", False),  # one of test
     ],
 )
-def test_folds_are_advised_only_where_they_are_possible(train: str, validation: str, flags: str, fits: bool) -> None:
-    splits = {}
-    for name, texts in (("train", train.split()), ("validation", validation.split())):
-        labels = np.array(["ab".index(text[0]) for text in texts])
-        splits[name] = LabelledTexts(texts, labels, np.arange(len(texts)))
-    config = config_of_flags(f"--accelerator cpu --model_name packaged {flags}")
-    assert takes_kfold(config, TextData("", ["a", "b"], splits, 0)) == fits
+def test_folds_are_advised_only_where_they_are_possible(
+    tmp_path: Path, train: str, validation: str, flags: str, fits: bool
+) -> None:
+    for name, texts in (("train", train), ("validation", validation), ("test", "a8 b9")):
+        rows = "".join(f"{text},{text[0]}\n" for text in texts.split())
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    config = config_of_flags(f"--dataset text --data_dir {tmp_path} --accelerator cpu --model_name packaged {flags}")
+    assert takes_kfold(config) == fits
 
 
 @pytest.mark.parametrize(
