@@ -51,6 +51,8 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 # Most tests try these rows of the table. tests/test_every_family.py tries all of them.
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture
@@ -77,6 +79,16 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for model_type, folder in folders.items():
         make_tiny_folder(model_type, folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def distilbert(tiny_folders: dict[str, Path]) -> Path:
+    return tiny_folders["distilbert"]
+
+
+@pytest.fixture(scope="session")
+def bert(tiny_folders: dict[str, Path]) -> Path:
+    return tiny_folders["bert"]
 
 
 @pytest.fixture(scope="session")

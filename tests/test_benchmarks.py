@@ -121,14 +121,14 @@ def test_the_headline_takes_what_was_measured_on_the_machine_of_its_runs(tmp_pat
 
 
 def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_this_process(words: list[str]) -> tuple[str, str | None]:
         return "", f"exit status {status}" if (status := finetune_lora.main(words[1:])) else None
 
     monkeypatch.setattr(harness, "in_process", in_this_process)
     journal = harness.Journal(tmp_path / "journal.json", {})
-    inputs = f"--model_name {tiny_folders['distilbert']} --dataset text --data_dir {review_folder}"
+    inputs = f"--model_name {distilbert} --dataset text --data_dir {review_folder}"
     plain_path.measure(1, f"{inputs} --epochs 1 --limit_train 8 --limit_validation 8 --max_length 16", journal)
     runs = journal.records
     assert [(run["round"], run["efficient"]) for run in runs] == [(0, True), (0, False)]

@@ -36,10 +36,10 @@ def tokens(count: int, seed: int) -> TokenizedSplit:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(distilbert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``workload.prepare`` writes, with a tiny model."""
     folder = tmp_path_factory.mktemp("work")
-    shutil.copytree(tiny_folders["distilbert"], folder / "tiny")
+    shutil.copytree(distilbert, folder / "tiny")
     names: dict[str, Any] = {
         "id2label": dict(enumerate(LABELS)),
         "label2id": {name: i for i, name in enumerate(LABELS)},

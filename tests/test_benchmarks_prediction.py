@@ -13,14 +13,14 @@ from tests.common import BAD, GOOD, tiny_classifier
 
 
 @pytest.fixture
-def folder(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
+def folder(distilbert: Path, tmp_path: Path) -> Path:
     """What ``prepare`` writes, with a tiny model."""
     model = tiny_classifier("distilbert")
     for weight in (p for p in model.parameters() if p.dim() == 2):
         weight.data.mul_(4)
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     model.save_pretrained(tmp_path / prediction.MODEL)
-    tokenizer = load_tokenizer(read_base_model("tiny", tiny_folders["distilbert"]))
+    tokenizer = load_tokenizer(read_base_model("tiny", distilbert))
     write_tokenizer(tmp_path / prediction.MODEL, tokenizer, 16)
     write_json(tmp_path / prediction.WORK, {"texts": [text * 3 for text in GOOD + BAD], "tokens": 100})
     return tmp_path

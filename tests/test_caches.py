@@ -9,7 +9,7 @@ import pytest
 from finetune_lora import main
 from finetuning.caches import cache_table, clear_caches, remove_left_over
 from finetuning.storage import append_sum, make_folder, sum_holds
-from tests.common import full_disk
+from tests.common import Capture, Patch, full_disk
 
 A, B, K = (letter * 64 for letter in "abc")  # names of entries are hashes
 OLD, NEW = "0" * 32, "1" * 32
@@ -25,7 +25,7 @@ def leave(path: Path, content: bytes = b"1234567", old: bool = True) -> None:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A cache with files of each kind, some of them half-written: old ones and new ones."""
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "cache"
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_sizes_are_shown_and_what_is_left_over_is_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_are_shown_and_what_is_left_over_is_removed(cache: Path, capsys: Capture) -> None:
     assert main(["--cache_info"]) == 0
     shown = {line.split()[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
     assert (shown["tokens"], shown["kernels"], shown["downloads"]) == (["2", "10"], ["1", "5"], ["1", "5"])
@@ -51,7 +51,7 @@ def test_sizes_are_shown_and_what_is_left_over_is_removed(cache: Path, capsys: p
     assert (cache / "tokens" / f"{A}.npz").exists()
 
 
-def test_the_caches_are_emptied(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_caches_are_emptied(cache: Path, capsys: Capture) -> None:
     assert main(["--cache_clear"]) == 0
     assert capsys.readouterr().out == f"removed 5 files, 25 bytes, from {cache}\n"
     left = {path.name for path in cache.rglob("*") if path.is_file()}
@@ -84,14 +84,12 @@ def test_a_folder_is_made_unless_another_process_was_faster(
     assert [path for path in folder.parent.iterdir() if path != folder] == [], "nothing else is left"
 
 
-def test_only_one_thing_is_done_instead_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_one_thing_is_done_instead_of_a_run(capsys: Capture) -> None:
     assert main(["--cache_info", "--estimate"]) == 2
     assert capsys.readouterr().err == "error: --estimate, --cache_info: give one of them\n"
 
 
-def test_without_a_home_folder_the_line_names_the_variable(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_home_folder_the_line_names_the_variable(monkeypatch: Patch, capsys: Capture) -> None:
     def unknown(_: int) -> None:
         raise KeyError
 
@@ -112,7 +110,7 @@ def test_in_a_folder_that_others_use_only_our_files_are_removed(cache: Path) -> 
     assert all((cache / name).exists() for name in others)
 
 
-def test_what_may_not_be_removed_stays_and_does_no_harm(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_removed_stays_and_does_no_harm(cache: Path, monkeypatch: Patch) -> None:
     def refuse(path: Path, **_: bool) -> None:  # root may remove anything
         raise PermissionError(f"{path} belongs to somebody else")
 
@@ -123,7 +121,7 @@ def test_what_may_not_be_removed_stays_and_does_no_harm(cache: Path, monkeypatch
     assert said.startswith(f"removed 2 files, 10 bytes, from {cache}; you may not remove 3 files, for example {cache}")
 
 
-def test_a_cache_that_does_not_exist_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_does_not_exist_is_empty(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "none"))
     assert "tokens" in cache_table()
     remove_left_over()

@@ -385,7 +385,7 @@ def starts(log: Path) -> int:
 
 
 def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
-    project: Path, tiny_folders: dict[str, Path], review_folder: Path
+    project: Path, distilbert: Path, review_folder: Path
 ) -> None:
     rows = """
         [[rows]]
@@ -402,7 +402,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
         learning_rate = 1e30
         gradient_clip = 0
     """
-    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
+    write_study(project / "tiny.toml", distilbert, rows)
     words = ("tiny.toml", "--data_dir", str(review_folder), "--retry_failed")
     folder = project / "runs" / "tiny"
     runs = StudyRuns(read_plan(Path("tiny.toml")), folder)
@@ -437,7 +437,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
 
 
 def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
-    project: Path, tiny_folders: dict[str, Path], review_folder: Path
+    project: Path, distilbert: Path, review_folder: Path
 ) -> None:
     rows = """
         [axes]
@@ -449,7 +449,7 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
         epochs = 400
         tune = { learning_rate = [0.001, 0.002] }
     """
-    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
+    write_study(project / "tiny.toml", distilbert, rows)
     runs = StudyRuns(read_plan(Path("tiny.toml")), project / "runs" / "tiny")
     tuning, finals = runs.study.stage("tune"), runs.study.stage("final")
     with started("tiny.toml", "--data_dir", str(review_folder), "--jobs", "2", shared_cores=True) as study:

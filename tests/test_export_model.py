@@ -27,7 +27,7 @@ from finetuning.runs.answers import Rule
 from finetuning.runs.files import ADAPTER, SETTINGS, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
-from tests.common import ROOT, changed_run, flags, predictions_of, refusal_of
+from tests.common import ROOT, Capture, Patch, changed_run, flags, predictions_of, refusal_of
 
 # A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and its head.
 WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
@@ -38,7 +38,7 @@ TABLE = pd.DataFrame(ROWS, columns=["text", "claim", "label"])  # half of the te
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: Patch) -> None:
     """The steps of a fresh process, without the seconds that its imports take. One test has real processes."""
 
     def run_here(words: Sequence[str], folder: Path) -> str:
@@ -54,10 +54,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(bert: Path, review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose long texts are cut, with a base model of its own."""
     folder = tmp_path_factory.mktemp("export")
-    base = first_layer(tiny_folders["bert"], folder / "base")
+    base = first_layer(bert, folder / "base")
     more = "--max_length 16 --epochs 1 --precision bf16 --efficient False"
     return trained(folder, review_folder, base, *more.split())
 
@@ -76,7 +76,7 @@ def trained(folder: Path, data: Path, base: Path, *more: str) -> Path:
     return folder / "run"
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2) -> str:
+def refusal(capsys: Capture, *words: object, status: int = 2) -> str:
     """The one line of an export that leaves nothing behind."""
     parent = Path(str(words[1])).parent
     before = sorted(parent.iterdir()) if parent.is_dir() else None
@@ -99,7 +99,7 @@ def reviews_model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return out, shown.getvalue()
 
 
-def test_a_fresh_process_prints_any_name_in_any_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_process_prints_any_name_in_any_locale(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     assert run_alone(["-c", "print('sch\u00f6n \u65e5\u672c')"], tmp_path) == "sch\u00f6n \u65e5\u672c\n"
 
@@ -130,7 +130,7 @@ def test_a_run_becomes_a_folder_that_proves_itself(run: Path, reviews_model: tup
 @pytest.mark.xdist_group("export")
 @pytest.mark.parametrize("code", SNIPPETS, ids=["pipeline", "onnxruntime"])
 def test_a_snippet_of_the_guide_runs_as_it_is_written(
-    reviews_model: tuple[Path, str], code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reviews_model: tuple[Path, str], code: str, monkeypatch: Patch, capsys: Capture
 ) -> None:
     if "onnxruntime" in code and not WITH_ONNX:
         pytest.skip("requirements-onnx.txt is not installed")
@@ -141,7 +141,7 @@ def test_a_snippet_of_the_guide_runs_as_it_is_written(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_an_adapter_proves_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_proves_itself(run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "adapter"
     assert main([str(run), str(out), "--adapter", "--check_texts", "20"]) == 0
     assert "differ from the run's" in capsys.readouterr().out
@@ -216,9 +216,9 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("pairs", [False, True], ids=["single", "pairs"])
-def test_a_run_with_windows(tiny_folders: dict[str, Path], tmp_path: Path, pairs: bool) -> None:
+def test_a_run_with_windows(bert: Path, tmp_path: Path, pairs: bool) -> None:
     windows = ["--windows", "3", "--window_overlap", "2", "--window_pooling", "max", "--truncation", "head_tail"]
-    run = lora_run(tmp_path, tiny_folders["bert"], *windows, *(["--text_pair_column", "claim"] * pairs))
+    run = lora_run(tmp_path, bert, *windows, *(["--text_pair_column", "claim"] * pairs))
     content, _ = exported(run, tmp_path / "out")
     assert "up to 3 windows and took the max of their logits. A pipeline reads only one of 12 tokens." in content
     assert "it cuts long texts, and the run read them as windows. That changes" in content
@@ -235,7 +235,7 @@ def test_a_run_with_windows(tiny_folders: dict[str, Path], tmp_path: Path, pairs
     ("model_type", "more"), [("bert", []), ("roberta", ["--windows", "3", "--window_pooling", "max"])]
 )
 def test_a_head_on_the_mean_becomes_onnx_alone(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, more: list[str]
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture, model_type: str, more: list[str]
 ) -> None:
     pairs = ["--text_pair_column", "claim"]
     base, out = first_layer(tiny_folders[model_type], tmp_path / "base"), tmp_path / "out"
@@ -273,7 +273,7 @@ def test_a_head_on_the_mean_becomes_onnx_alone(
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_class_that_reads_the_mean_itself_is_exported_as_usual(
-    folder_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder_of: Any, tmp_path: Path, capsys: Capture
 ) -> None:
     run = lora_run(tmp_path, folder_of("modernbert"), "--pooling", "mean")
     exported(run, tmp_path / "out")
@@ -293,8 +293,8 @@ def test_a_decoder_whose_base_has_no_padding_token(folder_of: Any, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_run_without_a_test_is_proved_with_its_validation(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    run = lora_run(tmp_path, tiny_folders["bert"], "--test", "False")
+def test_a_run_without_a_test_is_proved_with_its_validation(bert: Path, tmp_path: Path) -> None:
+    run = lora_run(tmp_path, bert, "--test", "False")
     result = read_result(run)
     content, data = exported(run, tmp_path / "out")
     results = data["model-index"][0]["results"][0]
@@ -304,12 +304,12 @@ def test_a_run_without_a_test_is_proved_with_its_validation(tiny_folders: dict[s
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_multi_label_run(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_multi_label_run(bert: Path, tmp_path: Path) -> None:
     chosen = [[word for bit, word in enumerate(("funny", "sad", "long")) if i >> bit & 1] for i in range(96)]
     rows = [(f"a {' '.join(words)} film, number {i}", ";".join(words) or "none") for i, words in enumerate(chosen)]
     table = pd.DataFrame(rows, columns=["text", "label"])
     more = ("--label_separator", ";", "--threshold", "0.37")
-    run = lora_run(tmp_path, tiny_folders["bert"], *more, table=table)
+    run = lora_run(tmp_path, bert, *more, table=table)
     out = tmp_path / "out"
     content, data = exported(run, out)
     config = read_json(out / "config.json")
@@ -330,10 +330,10 @@ def test_a_multi_label_run(tiny_folders: dict[str, Path], tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_positive_class_and_its_threshold(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_positive_class_and_its_threshold(bert: Path, tmp_path: Path) -> None:
     rows = [(f"a {('funny', 'sad')[i % 2]} film, number {i}", ("spam", "ham")[i % 2]) for i in range(96)]
     table = pd.DataFrame(rows, columns=["text", "label"])
-    run = lora_run(tmp_path, tiny_folders["bert"], "--threshold", "0.37", table=table)
+    run = lora_run(tmp_path, bert, "--threshold", "0.37", table=table)
     content, _ = exported(run, tmp_path / "out")
     config = read_json(tmp_path / "out" / "config.json")
     assert config["problem_type"] == "single_label_classification"
@@ -346,9 +346,7 @@ def test_a_positive_class_and_its_threshold(tiny_folders: dict[str, Path], tmp_p
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_folder_that_differs_does_not_stay(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_differs_does_not_stay(run: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     def write_damaged(folder: Path, model: Any, dtype: torch.dtype, rule: Rule) -> None:
         model.classifier.bias.data[0] += 0.001
         write_model(folder, model, dtype, rule)
@@ -361,9 +359,7 @@ def test_a_folder_that_differs_does_not_stay(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_that_cannot_be_exported(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     out = tmp_path / "out"
     copies = iter(range(99))
 
@@ -410,7 +406,7 @@ def test_runs_that_cannot_be_exported(
 
 
 @pytest.mark.xdist_group("export")
-def test_a_run_with_damaged_settings_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_damaged_settings_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     shutil.copytree(run, copy := tmp_path / "run")
     (copy / SETTINGS).write_bytes(b"")
     line = refusal(capsys, copy, tmp_path / "out")
@@ -428,8 +424,6 @@ def test_a_run_with_damaged_settings_is_refused(run: Path, tmp_path: Path, capsy
         ("--adapter --onnx", "--onnx: cannot be used with --adapter"),
     ],
 )
-def test_flags_that_are_refused(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
-) -> None:
+def test_flags_that_are_refused(run: Path, tmp_path: Path, capsys: Capture, words: str, message: str) -> None:
     assert message in refusal(capsys, run, tmp_path / "out", *words.split())
     assert "already exists: give a new folder" in refusal(capsys, run, tmp_path)

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.xdist_group("campaign")  # in one process: the undistur
 
 
 @pytest.fixture(scope="module")
-def commands(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
-    return Commands(tmp_path_factory.mktemp("campaign"), tiny_folders["distilbert"], review_folder)
+def commands(distilbert: Path, review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    return Commands(tmp_path_factory.mktemp("campaign"), distilbert, review_folder)
 
 
 def done(commands: Commands, folder: Path, times: int, trial: Callable[..., str | Seen]) -> Campaign:

@@ -27,7 +27,18 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.common import ROOT, contents, flags, needs_int8, one_thread, predictions_of, write_reviews, write_splits
+from tests.common import (
+    ROOT,
+    Capture,
+    Patch,
+    contents,
+    flags,
+    needs_int8,
+    one_thread,
+    predictions_of,
+    write_reviews,
+    write_splits,
+)
 from tests.scripts import finish, start
 
 # --- a run from end to end
@@ -47,12 +58,7 @@ from tests.scripts import finish, start
     ids=["lora", "qlora", "int8", "fast", "full", "selective", "lora_head"],
 )
 def test_a_run_leaves_what_the_design_lists(
-    tiny_folders: dict[str, Path],
-    review_folder: Path,
-    tmp_path: Path,
-    family: str,
-    more: list[str],
-    capsys: pytest.CaptureFixture[str],
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, family: str, more: list[str], capsys: Capture
 ) -> None:
     output = tmp_path / "run"
     more = [*more, "--epochs", "2", "--learning_rate", "0.01", "--report", "True"]
@@ -89,13 +95,13 @@ def test_a_run_leaves_what_the_design_lists(
 
 
 def test_a_run_in_8_bits_on_a_processor_with_avx2_vnni(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     if "avx_vnni" not in instructions():
         pytest.skip("the processor has no AVX2-VNNI")
     monkeypatch.setenv(VARIABLE, "avx2_vnni")
     more = ("--precision", "fast", "--lora_mlp", "True", "--epochs", "2", "--learning_rate", "0.01")
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
+    words = flags(distilbert, review_folder, tmp_path / "run", *more)
     done = subprocess.run(
         [sys.executable, str(ROOT / "finetune_lora.py"), *words], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
@@ -109,14 +115,14 @@ def test_a_run_in_8_bits_on_a_processor_with_avx2_vnni(
 
 
 def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bert: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     for name in ("train", "validation", "test"):
         write_reviews(tmp_path / f"{name}.csv", 80, seed=len(name))
         rows = (tmp_path / f"{name}.csv").read_text(encoding="utf8").splitlines()
         kept = [row for i, row in enumerate(rows[1:]) if i % 2 or i % 8 == 0]  # bad is every eighth, good every second
         (tmp_path / f"{name}.csv").write_text("\n".join([rows[0], *kept]), encoding="utf8")
-    words = flags(tiny_folders["bert"], tmp_path, tmp_path / "run", "--epochs", "1", "--learning_rate", "0.05")
+    words = flags(bert, tmp_path, tmp_path / "run", "--epochs", "1", "--learning_rate", "0.05")
     assert main([*words, "--class_weights", "bad=0.01", "--label_smoothing", "0.1"]) == 0  # it learns to say good
     result = read_result(tmp_path / "run")
     weights = result["task"]["class_weights"]
@@ -140,10 +146,10 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
 
 
 def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     more = ("--epochs", "0", "--offline", "--lora_mlp", "False", "--report", "True")
-    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", *more)
+    words = flags(bert, review_folder, tmp_path / "run", *more)
     assert main(words) == 0
     result, shown = read_result(tmp_path / "run"), capsys.readouterr().out
     baseline = result["baseline"]
@@ -170,24 +176,22 @@ def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     assert line in capsys.readouterr().out
 
 
-def test_a_run_whose_texts_have_no_words_has_no_baseline(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_texts_have_no_words_has_no_baseline(bert: Path, tmp_path: Path, capsys: Capture) -> None:
     rows = [f"{'!' * (i + 1)},{'good' if i % 2 else 'bad'}" for i in range(60)]
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]), encoding="utf8")
-    assert main(flags(tiny_folders["bert"], tmp_path, tmp_path / "run", "--epochs", "0")) == 0
+    assert main(flags(bert, tmp_path, tmp_path / "run", "--epochs", "0")) == 0
     assert "baseline" not in read_result(tmp_path / "run")
     assert "\nno baseline: empty vocabulary" in capsys.readouterr().out
 
 
 def test_a_signal_ends_a_run_while_the_baseline_is_computed(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def signalled(*arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return baseline_logits(*arguments)
 
-    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--epochs", "1")
+    words = flags(bert, review_folder, tmp_path / "run", "--epochs", "1")
     with monkeypatch.context() as patch:
         patch.setattr("finetuning.comparison.baselines.baseline_logits", signalled)
         assert main(words) == 130
@@ -198,13 +202,11 @@ def test_a_signal_ends_a_run_while_the_baseline_is_computed(
     assert read_result(tmp_path / "run")["baseline"]["test"]["accuracy"] == 1.0
 
 
-def test_a_run_is_repeatable_and_its_seed_matters(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_repeatable_and_its_seed_matters(distilbert: Path, review_folder: Path, tmp_path: Path) -> None:
     weights = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         more = ("--epochs", "1", "--limit_train", "48", "--seed", seed)
-        words = flags(tiny_folders["distilbert"], review_folder, tmp_path / name, *more)
+        words = flags(distilbert, review_folder, tmp_path / name, *more)
         assert main([*words, "--test", "False"]) == 0
         weights.append((tmp_path / name / ADAPTER).read_bytes())
         assert "test" not in read_result(tmp_path / name)
@@ -212,10 +214,10 @@ def test_a_run_is_repeatable_and_its_seed_matters(
 
 
 def test_an_adapter_is_evaluated_and_trained_on(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     def words(name: str, epochs: int) -> list[str]:
-        return [*flags(tiny_folders["bert"], review_folder, tmp_path / name), "--epochs", str(epochs)]
+        return [*flags(bert, review_folder, tmp_path / name), "--epochs", str(epochs)]
 
     assert main([*words("first", 1), "--lora_key", "False", "--lora_r", "3"]) == 0
     again = ["--init_adapter", str(tmp_path / "first"), "--seed", "7"]
@@ -247,11 +249,9 @@ def test_an_adapter_is_evaluated_and_trained_on(
         assert not (tmp_path / "refused").exists()
 
 
-def test_patience_is_not_forgotten_by_a_continued_run(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
-) -> None:
+def test_patience_is_not_forgotten_by_a_continued_run(distilbert: Path, review_folder: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", "--epochs 20 --patience 1 --precision fp32 --learning_rate 1e-12 --limit_train 16"
-    words = flags(tiny_folders["distilbert"], review_folder, run, *more.split())
+    words = flags(distilbert, review_folder, run, *more.split())
     assert main(words) == 0
     first = read_result(run)
     last = torch.load(run / "last.ckpt", weights_only=True)
@@ -265,9 +265,7 @@ def test_patience_is_not_forgotten_by_a_continued_run(
     assert read_result(run)["validation"]["loss"] == first["validation"]["loss"]
 
 
-def test_processes_that_torchrun_starts_need_to_be_told_where(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_that_torchrun_starts_need_to_be_told_where(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -279,7 +277,7 @@ def test_processes_that_torchrun_starts_need_to_be_told_where(
 
 
 def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
-    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     for name in ("tensorboard", "wandb", "mlflow"):  # no tracker, no import
         monkeypatch.setitem(sys.modules, name, None)
@@ -287,7 +285,7 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
     with (data / "test.csv").open("a", encoding="utf8") as file:
         file.write("a wonderful <script>alert('x')</script> & <b>moving film,bad\n")  # a label that the text denies
     more = ("--epochs", "2", "--learning_rate", "0.01", "--report", "True")
-    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", *more)
+    words = flags(distilbert, data, tmp_path / "run", *more)
     assert main(words) == 0
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
     assert "a wonderful &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &lt;b&gt;moving film" in report
@@ -302,10 +300,10 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
 
 
 def test_a_lost_report_is_written_again_unless_the_texts_have_changed(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     data = Path(shutil.copytree(review_folder, tmp_path / "data"))
-    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", "--epochs", "0", "--report", "True")
+    words = flags(distilbert, data, tmp_path / "run", "--epochs", "0", "--report", "True")
     assert main(words) == 0
     report = tmp_path / "run" / "report.html"
     for changed in (False, True):
@@ -320,12 +318,11 @@ def test_a_lost_report_is_written_again_unless_the_texts_have_changed(
 
 
 def test_a_requeued_job_whose_run_has_finished_does_nothing(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # otherwise Lightning takes this process for one of srun
-    words = [*flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "0"), "--overwrite"]
+    words = [*flags(distilbert, review_folder, tmp_path / "run", "--epochs", "0"), "--overwrite"]
     assert main(words) == 0
     before = (tmp_path / "run" / "result.json").read_bytes()
     assert main([*words, "--resume", "auto"]) == 0
@@ -337,11 +334,9 @@ def test_a_requeued_job_whose_run_has_finished_does_nothing(
     assert "adapter_model.safetensors was changed after its run wrote it" in capsys.readouterr().err
 
 
-def test_ctrl_c_behind_a_pipe_whose_reader_it_ends_first(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_behind_a_pipe_whose_reader_it_ends_first(distilbert: Path, review_folder: Path, tmp_path: Path) -> None:
     """As in ``python finetune_lora.py | tee log``: the run still ends with its checkpoint."""
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "200")
+    words = flags(distilbert, review_folder, tmp_path / "run", "--epochs", "200")
     process = start(words)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -358,18 +353,17 @@ def test_ctrl_c_behind_a_pipe_whose_reader_it_ends_first(
 
 
 def test_a_run_that_only_evaluates_needs_no_memory_for_training(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("finetuning.training.memory.free_memory", lambda: 1)
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run")
+    words = flags(distilbert, review_folder, tmp_path / "run")
     assert main([*words, "--epochs", "1"]) == 1
     assert main([*words, "--epochs", "0", "--overwrite"]) == 0
 
 
 def test_a_tracker_or_report_that_fails_does_not_end_the_run(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     class Failing(DummyLogger):
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
             logged.append(step)
@@ -380,7 +374,7 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
     monkeypatch.setitem(trackers.OPEN, "tensorboard", lambda *_: Failing())
     monkeypatch.setattr("finetuning.settings.run.find_spec", lambda _: object())
     monkeypatch.setattr("finetuning.report.page.read_answers", lambda *_: 1 / 0)
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1", "--report", "True")
+    words = flags(distilbert, review_folder, tmp_path / "run", "--epochs", "1", "--report", "True")
     assert main([*words, "--tracker", "tensorboard"]) == 0
     assert logged == [1, 2, 3]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
@@ -392,7 +386,7 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("finetuning.settings.run.find_spec", lambda _: None)
     assert main(["--offline", "--tracker", "wandb", "--output_dir", str(tmp_path / "run")]) == 2
@@ -404,11 +398,11 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
 
 
 def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """The last step of an epoch writes no checkpoint, because the validation after it does."""
     words = ["--epochs", "4", "--limit_train", "8", "--checkpoint_steps", "1", "--test", "False"]
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "whole", *words)
+    words = flags(distilbert, review_folder, tmp_path / "whole", *words)
     assert main(words) == 0
     real = GracefulStop.on_train_batch_end
 
@@ -428,9 +422,9 @@ def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
     assert rates == pytest.approx([0.0, 0.003, 0.002, 0.001]), "those with which the steps were made"
 
 
-def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
+def test_an_average_is_evaluated_and_saved(bert: Path, review_folder: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", "--epochs 1 --average swa --learning_rate 0.01"
-    assert main(flags(tiny_folders["bert"], review_folder, run, *more.split())) == 0
+    assert main(flags(bert, review_folder, run, *more.split())) == 0
     saved, last = load_file(run / ADAPTER), torch.load(run / "last.ckpt", weights_only=True)
     averages = {name: weights for name, weights in last["average"]["weights"].items() if "lora_B" in name}
     assert averages
@@ -441,7 +435,7 @@ def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review
         assert np.array_equal(saved[of_adapter], average.numpy()), name
         assert not torch.equal(average, last["state_dict"][name]), name
     again = [*more.split(), "--epochs", "0", "--average", "none", "--init_adapter", str(run)]
-    assert main(flags(tiny_folders["bert"], review_folder, tmp_path / "again", *again)) == 0
+    assert main(flags(bert, review_folder, tmp_path / "again", *again)) == 0
     for split in ("validation", "test"):
         found, expected = (read_result(tmp_path / name)[split]["loss"] for name in ("again", "run"))
         assert found == pytest.approx(expected, abs=1e-6)
@@ -460,9 +454,8 @@ def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review
     ids=["in the first epoch", "lora_plus in some layers", "dora", "pissa", "bitfit", "norms"],
 )
 def test_an_interrupted_run_continues_to_the_same_weights(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], batch: int, more: str,
-) -> None:  # fmt: skip
+    bert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture, batch: int, more: str
+) -> None:
     """Of two epochs with six batches; the second one reads the outputs of frozen layers that the first has kept."""
     monkeypatch.chdir(tmp_path)
     whole, broken, done = tmp_path / "whole", Path("data:broken"), []  # a checkpoint below data: looks like a protocol
@@ -479,10 +472,10 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         return main()
 
     more += " --limit_train 48"
-    assert command(*flags(tiny_folders["bert"], review_folder, whole, *more.split())) == 0
+    assert command(*flags(bert, review_folder, whole, *more.split())) == 0
     with monkeypatch.context() as patch:
         patch.setattr(FineTuning, "training_step", signalled)
-        assert command(*flags(tiny_folders["bert"], review_folder, broken, *more.split())) == 130
+        assert command(*flags(bert, review_folder, broken, *more.split())) == 130
     errors = capsys.readouterr().err.splitlines()
     (told,) = (line for line in errors if line.startswith("interrupted; continue with: "))
     assert told.endswith(f"{called('lora', '--resume')} --output_dir {broken}"), "the run knows its other settings"
@@ -515,11 +508,9 @@ def test_an_interrupted_run_continues_to_the_same_weights(
             assert torch.equal(last["average"]["weights"][name], continued["average"]["weights"][name]), name
 
 
-def test_a_process_that_is_signalled_says_how_another_one_continues(
-    tiny_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_process_that_is_signalled_says_how_another_one_continues(distilbert: Path, tmp_path: Path) -> None:
     write_splits(tmp_path, train=600, validation=40, test=40)
-    words = [*flags(tiny_folders["distilbert"], tmp_path, tmp_path / "broken", "--epochs", "2"), "--report", "False"]
+    words = [*flags(distilbert, tmp_path, tmp_path / "broken", "--epochs", "2"), "--report", "False"]
     broken = start(words)
     assert broken.stdout is not None
     seen = ""
@@ -538,11 +529,11 @@ def test_a_process_that_is_signalled_says_how_another_one_continues(
 
 
 def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     run = tmp_path / "run"
     more = ("--epochs", "1", "--limit_train", "16", "--lora_r", "3")
-    assert main(flags(tiny_folders["distilbert"], review_folder, run, *more)) == 0
+    assert main(flags(distilbert, review_folder, run, *more)) == 0
     weights = (run / ADAPTER).read_bytes()
     for path in run.iterdir():
         if path.name != "settings.json":  # as if it had been killed in the first epoch
@@ -558,15 +549,10 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
 
 @pytest.mark.parametrize(("changed", "said"), [("train.csv", "train of the data"), ("config.json", "base model")])
 def test_resume_with_other_texts_or_weights_is_refused(
-    tiny_folders: dict[str, Path],
-    review_folder: Path,
-    tmp_path: Path,
-    changed: str,
-    said: str,
-    capsys: pytest.CaptureFixture[str],
+    distilbert: Path, review_folder: Path, tmp_path: Path, changed: str, said: str, capsys: Capture
 ) -> None:
     inputs = shutil.copytree(review_folder, tmp_path / "inputs")
-    shutil.copytree(tiny_folders["distilbert"], inputs, dirs_exist_ok=True)
+    shutil.copytree(distilbert, inputs, dirs_exist_ok=True)
     run = tmp_path / "run"
     config = settings_to_run(given_flags(flags(inputs, inputs, run)), {})
     assert config is not None
@@ -584,9 +570,9 @@ def test_resume_with_other_texts_or_weights_is_refused(
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpoint(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--method", "full", "--epochs", "3")
+    words = flags(distilbert, review_folder, tmp_path / "run", "--method", "full", "--epochs", "3")
     more = ["--learning_rate", "1e30", "--optimizer", "sgd", "--gradient_clip", "0", "--warmup_fraction", "0.5"]
     assert main([*words, *more]) == 1
     result = read_result(tmp_path / "run")
@@ -598,14 +584,14 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
-def test_a_full_disk_fails_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_run(distilbert: Path, review_folder: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        words = flags(tiny_folders["distilbert"], review_folder, disk / "run", "--method", "full", "--epochs", "1")
+        words = flags(distilbert, review_folder, disk / "run", "--method", "full", "--epochs", "1")
         run = start(words)
         _, errors = run.communicate(timeout=120)
         assert run.returncode == 1, errors
@@ -623,9 +609,9 @@ def test_a_full_disk_fails_the_run(tiny_folders: dict[str, Path], review_folder:
 
 
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    model, output = tiny_folders["distilbert"], tmp_path / "deep" / "run"
+    model, output = distilbert, tmp_path / "deep" / "run"
     one_class = tmp_path / "one_class"
     one_class.mkdir()
     (one_class / "train.csv").write_text("text,label\na,x\nb,x\nc,x\n")
@@ -667,9 +653,9 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 
 
 def test_a_run_is_not_overwritten_unless_asked(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "0", "--test", "False")
+    words = flags(distilbert, review_folder, tmp_path / "run", "--epochs", "0", "--test", "False")
     assert main(words) == 0
     first = (tmp_path / "run" / "result.json").read_bytes()
     assert main(words) == 2

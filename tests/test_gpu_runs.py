@@ -51,20 +51,20 @@ def test_a_run_learns(
         assert result["test"]["accuracy"] > 0.8
 
 
-def test_compiled_it_learns(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *ON_GPU, "--lora_mlp", "True")
+def test_compiled_it_learns(distilbert: Path, review_folder: Path, tmp_path: Path) -> None:
+    words = flags(distilbert, review_folder, tmp_path / "run", *ON_GPU, "--lora_mlp", "True")
     assert main([*words, "--compile", "True", "--epochs", "3"]) == 0
     assert read_result(tmp_path / "run")["test"]["accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_an_interrupted_run_continues(tiny_folders: dict[str, Path], tmp_path: Path, precision: str) -> None:
+def test_an_interrupted_run_continues(distilbert: Path, tmp_path: Path, precision: str) -> None:
     data = write_splits(tmp_path / "data", train=2000, validation=40, test=40)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = (*ON_GPU, "--precision", precision, "--epochs", "2", "--learning_rate", "0.001")
-    assert main(flags(tiny_folders["distilbert"], data, whole, *more)) == 0
+    assert main(flags(distilbert, data, whole, *more)) == 0
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune_lora.py"), *flags(tiny_folders["distilbert"], data, parts, *more)],
+        [sys.executable, str(ROOT / "finetune_lora.py"), *flags(distilbert, data, parts, *more)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
     )  # fmt: skip
     assert process.stdout is not None

@@ -18,7 +18,7 @@ from finetuning.models.quantization import dense_weight
 from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
-from tests.common import INNER, LAYERS, WIDTH, contents, flags, needs_int8
+from tests.common import INNER, LAYERS, WIDTH, Capture, Patch, contents, flags, needs_int8
 from tests.data.test_batches import make_split
 from tests.small_classifiers import NAMES, batch, build, built_and_filled
 
@@ -121,17 +121,9 @@ def with_last_keys_and_values_dense(classifier: Classifier) -> Classifier:
     ids=["selective", "selective, bf16", "lora but in the last layer", "lora", "lora, bf16"],
 )
 def test_the_efficient_path_equals_hugging_faces_forward_with_quantized_operands(
-    tiny_folders: dict[str, Path],
-    method: str,
-    dtype: torch.dtype,
-    last: bool,
-    logits: float,
-    gradients: float,
-    count: int,
+    bert: Path, method: str, dtype: torch.dtype, last: bool, logits: float, gradients: float, count: int
 ) -> None:
-    ours, plain = (
-        build_in_8_bits(tiny_folders["bert"], dtype, method, efficient=efficient) for efficient in (True, False)
-    )
+    ours, plain = (build_in_8_bits(bert, dtype, method, efficient=efficient) for efficient in (True, False))
     if not last:
         ours, plain = map(with_last_keys_and_values_dense, (ours, plain))
     reference = outcome(with_plain_linears(plain), *batch(count))
@@ -141,9 +133,9 @@ def test_the_efficient_path_equals_hugging_faces_forward_with_quantized_operands
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_large_batch_gives_the_logits_and_gradients_of_its_halves(
-    tiny_folders: dict[str, Path], dtype: torch.dtype, method: str
+    bert: Path, dtype: torch.dtype, method: str
 ) -> None:
-    classifier, (ids, mask) = build_in_8_bits(tiny_folders["bert"], dtype, method), batch(64)
+    classifier, (ids, mask) = build_in_8_bits(bert, dtype, method), batch(64)
     halves = [outcome(classifier, ids[i : i + 32], mask[i : i + 32], first=i) for i in (0, 32)]
     joined = {
         name: torch.cat([half[name] for half in halves]) if name == "logits" else sum(half[name] for half in halves)
@@ -158,10 +150,10 @@ def test_a_large_batch_gives_the_logits_and_gradients_of_its_halves(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("efficient", [True, False])
-def test_checkpointing_changes_nothing(tiny_folders: dict[str, Path], dtype: torch.dtype, efficient: bool) -> None:
+def test_checkpointing_changes_nothing(bert: Path, dtype: torch.dtype, efficient: bool) -> None:
     found, reference = (
         outcome(
-            build_in_8_bits(tiny_folders["bert"], dtype, efficient=efficient, gradient_checkpointing=checkpointing),
+            build_in_8_bits(bert, dtype, efficient=efficient, gradient_checkpointing=checkpointing),
             *batch(),
         )
         for checkpointing in (True, False)
@@ -177,8 +169,8 @@ def forget(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_of_frozen_layers_are_kept(tiny_folders: dict[str, Path], dtype: torch.dtype) -> None:
-    classifier, (ids, mask) = build_in_8_bits(tiny_folders["bert"], dtype, "selective"), batch()
+def test_outputs_of_frozen_layers_are_kept(bert: Path, dtype: torch.dtype) -> None:
+    classifier, (ids, mask) = build_in_8_bits(bert, dtype, "selective"), batch()
     outputs = classifier.frozen_outputs({"train": make_split(mask.sum(1).numpy())}, memory_gb=1)["train"]
     given = {"input_ids": ids, "attention_mask": mask, "examples": torch.arange(len(ids))}
     trained = [p for p in classifier.parameters() if p.requires_grad]
@@ -194,10 +186,8 @@ def test_outputs_of_frozen_layers_are_kept(tiny_folders: dict[str, Path], dtype:
             torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_an_input_of_several_linears_is_quantized_once(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    classifier, widths = build_in_8_bits(tiny_folders["bert"], torch.float32), []
+def test_an_input_of_several_linears_is_quantized_once(bert: Path, monkeypatch: Patch) -> None:
+    classifier, widths = build_in_8_bits(bert, torch.float32), []
     original = int8.quantize
 
     def counted(x: Tensor, *more: Any) -> Any:
@@ -215,8 +205,8 @@ def test_an_input_of_several_linears_is_quantized_once(
 # --- what is held, and what it weighs
 
 
-def test_what_is_held_in_8_bits_and_what_it_weighs(tiny_folders: dict[str, Path]) -> None:
-    model = build(tiny_folders["bert"], method="selective", trainable_layers=1, precision="int8").model
+def test_what_is_held_in_8_bits_and_what_it_weighs(bert: Path) -> None:
+    model = build(bert, method="selective", trainable_layers=1, precision="int8").model
     packed = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     assert len(packed) == 6 * (LAYERS - 1), "trained layers are not quantized"
     assert not any("embeddings" in name or "pooler" in name or "classifier" in name for name in packed)
@@ -227,9 +217,9 @@ def test_what_is_held_in_8_bits_and_what_it_weighs(tiny_folders: dict[str, Path]
     assert counted["embeddings"].bytes == plain["embeddings"].bytes
 
 
-def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: dict[str, Path]) -> None:
+def test_without_the_products_the_linears_hold_the_same_weights(bert: Path) -> None:
     settings = {"max_length": 32, "precision": "int8", "lora_mlp": False}
-    config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), **settings)
+    config = RunConfig.from_settings(model_name=str(bert), **settings)
     folder = find_base_model(config)
     packed, dense = (
         build_classifier(config, folder, NAMES, torch.float32, int8_products=products).model
@@ -263,13 +253,9 @@ def test_the_widths_of_what_will_be_in_8_bits(folder_of: Any, model_type: str, s
 
 @pytest.mark.parametrize("precision", ["int8", "fast"])
 def test_a_run_that_has_nothing_to_hold_in_8_bits(
-    tiny_folders: dict[str, Path],
-    review_folder: Path,
-    tmp_path: Path,
-    precision: str,
-    capsys: pytest.CaptureFixture[str],
+    bert: Path, review_folder: Path, tmp_path: Path, precision: str, capsys: Capture
 ) -> None:
-    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--method", "selective", "--epochs", "0")
+    words = flags(bert, review_folder, tmp_path / "run", "--method", "selective", "--epochs", "0")
     reason = "the run has no frozen linear that can be held in 8 bits"
     status = main([*words, "--trainable_layers", str(LAYERS), "--precision", precision])
     shown = capsys.readouterr()
@@ -283,9 +269,7 @@ def test_a_run_that_has_nothing_to_hold_in_8_bits(
         assert not list(tmp_path.iterdir())
 
 
-def test_a_run_in_8_bits_does_not_continue_without_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_8_bits_does_not_continue_without_them(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     config = RunConfig.from_settings(precision="int8", offline=True, output_dir=tmp_path)
     write_settings(tmp_path, config.to_dict(), {})
     monkeypatch.setattr(int8_products, "refused", lambda: "the processor has neither AVX512-VNNI nor AVX2-VNNI")

@@ -27,9 +27,9 @@ from tests.small_classifiers import batch, build, built_and_filled, fill
 
 
 @pytest.mark.parametrize("asked", [*((name,) for name in LORA_TARGETS), LORA_TARGETS], ids="+".join)
-def test_trainable_parameters_equal_the_closed_form(tiny_folders: dict[str, Path], asked: Sequence[str]) -> None:
+def test_trainable_parameters_equal_the_closed_form(distilbert: Path, asked: Sequence[str]) -> None:
     rank = 3
-    classifier = build(tiny_folders["distilbert"], lora_r=rank, **{name: name in asked for name in LORA_TARGETS})
+    classifier = build(distilbert, lora_r=rank, **{name: name in asked for name in LORA_TARGETS})
     expected = len(set(asked) - {"lora_mlp", "lora_head"}) * LAYERS * 2 * rank * WIDTH
     expected += ("lora_mlp" in asked) * LAYERS * 2 * rank * (WIDTH + INNER)
     head_lora, whole_head = rank * (2 * WIDTH + WIDTH + 2), WIDTH * WIDTH + WIDTH + 2 * WIDTH + 2
@@ -81,11 +81,11 @@ def test_lora_in_some_layers_leaves_those_below_frozen(
     assert bool(kept) == (layers[0] > 0)
 
 
-def test_layers_that_a_model_lacks_are_refused(tiny_folders: dict[str, Path]) -> None:
+def test_layers_that_a_model_lacks_are_refused(bert: Path) -> None:
     def refused(words: str, **settings: object) -> None:
-        assert refusal_of(build, tiny_folders["bert"], **settings).endswith(words)
+        assert refusal_of(build, bert, **settings).endswith(words)
 
-    refused(f"{tiny_folders['bert'].name} has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
+    refused(f"{bert.name} has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
     refused(
         "has it in none of the layers of --lora_layers", lora_layers="2", lora_modules="layer.0.attention.self.query"
     )
@@ -106,13 +106,13 @@ def test_selective_trains_the_last_layers_and_the_head(
 
 @pytest.mark.parametrize(("efficient", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_length(
-    tiny_folders: dict[str, Path], efficient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, efficient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.utils.counters.clear()
     traced = functools.partial(torch.compile, backend="eager")  # inductor's C++ would take minutes
     monkeypatch.setattr(torch, "compile", traced)
     placed = {"lora_key": True, "lora_projection": True, "lora_mlp": True}
-    classifier = build(tiny_folders["distilbert"], dtype, efficient=efficient, compile=True, **placed)
+    classifier = build(distilbert, dtype, efficient=efficient, compile=True, **placed)
     del classifier.model.distilbert.transformer.layer[1:]  # a layer takes seconds to trace, and all have the same code
     fill(classifier)
     trained = [p for p in classifier.model.parameters() if p.requires_grad]
@@ -129,10 +129,8 @@ def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_lengt
     torch._dynamo.reset()
 
 
-def test_what_the_loader_knows_of_padding_reaches_the_encoder(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    classifier, seen = build(tiny_folders["bert"]), []
+def test_what_the_loader_knows_of_padding_reaches_the_encoder(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, seen = build(bert), []
     original = classifier_module.classify
 
     def watched(*given: Any, **more: Any) -> torch.Tensor:
@@ -147,8 +145,8 @@ def test_what_the_loader_knows_of_padding_reaches_the_encoder(
     assert seen == [True, None, None]
 
 
-def test_positions_of_examples_may_be_on_a_gpu(tiny_folders: dict[str, Path]) -> None:
-    classifier, (ids, mask) = build(tiny_folders["bert"], method="selective", trainable_layers=1), batch()
+def test_positions_of_examples_may_be_on_a_gpu(bert: Path) -> None:
+    classifier, (ids, mask) = build(bert, method="selective", trainable_layers=1), batch()
     outputs = classifier.frozen_outputs({"train": make_split(mask.sum(1).numpy())}, memory_gb=1)["train"]
     on_gpu = SimpleNamespace(cpu=lambda: torch.arange(len(ids)))  # a tensor there gives its values to the CPU only
     given = {"input_ids": ids, "attention_mask": mask, "examples": on_gpu}
@@ -236,16 +234,16 @@ def test_four_bits_on_a_device_that_is_not_there_are_refused() -> None:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_qlora_quantizes_the_linears_with_lora(tiny_folders: dict[str, Path], double: bool) -> None:
+def test_qlora_quantizes_the_linears_with_lora(distilbert: Path, double: bool) -> None:
     settings = {"lora_key": True, "lora_projection": True, "lora_mlp": True}
-    quantized = build(tiny_folders["distilbert"], q_lora=True, double_quantization=double, **settings)
+    quantized = build(distilbert, q_lora=True, double_quantization=double, **settings)
     layers = [module for _, module in lora_modules(quantized.model) if is_quantized(module.linear)]
     assert len(layers) == 6 * LAYERS
     assert {module.linear.weight.quant_state.nested for module in layers} == {double}
 
 
-def test_what_is_quantized_and_what_it_weighs(tiny_folders: dict[str, Path]) -> None:
-    model, packaged = build(tiny_folders["bert"], torch.bfloat16, q_lora=True).model, Path(PACKAGED)
+def test_what_is_quantized_and_what_it_weighs(bert: Path) -> None:
+    model, packaged = build(bert, torch.bfloat16, q_lora=True).model, Path(PACKAGED)
     quantized = {name for name, m in model.named_modules() if hasattr(m, "weight") and is_quantized(m)}
     assert len(quantized) == 6 * LAYERS
     assert not any("embeddings" in name or "pooler" in name or "classifier" in name for name in quantized)
@@ -269,17 +267,17 @@ def test_the_new_head_is_saved_beneath_lora(tiny_folders: dict[str, Path]) -> No
     }
 
 
-def test_frozen_weights_are_stored_in_the_precision_of_the_products(tiny_folders: dict[str, Path]) -> None:
-    model = build(tiny_folders["distilbert"], torch.bfloat16, lora_mlp=False).model
-    original = load_file(tiny_folders["distilbert"] / "model.safetensors")
+def test_frozen_weights_are_stored_in_the_precision_of_the_products(distilbert: Path) -> None:
+    model = build(distilbert, torch.bfloat16, lora_mlp=False).model
+    original = load_file(distilbert / "model.safetensors")
     linear = model.get_submodule("distilbert.transformer.layer.0.ffn.lin1")
     assert torch.equal(linear.weight, original["distilbert.transformer.layer.0.ffn.lin1.weight"].to(torch.bfloat16))
     assert model.get_submodule("distilbert.transformer.layer.0.sa_layer_norm").weight.dtype == torch.float32
     assert model.get_submodule("pre_classifier").weight.dtype == torch.float32
 
 
-def test_parameter_table_adds_up(tiny_folders: dict[str, Path]) -> None:
-    groups = count_parameters(build(tiny_folders["bert"]))
+def test_parameter_table_adds_up(bert: Path) -> None:
+    groups = count_parameters(build(bert))
     parts = [count for name, count in groups.items() if name != "total"]
     for field in ("parameters", "trainable", "bytes", "trainable_bytes"):
         assert sum(getattr(part, field) for part in parts) == getattr(groups["total"], field)

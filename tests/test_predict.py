@@ -18,13 +18,11 @@ from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
 from finetuning.prediction.predictor import predict
 from finetuning.runs.files import ADAPTER, TRAINED_WEIGHTS, read_result, write_result
-from tests.common import changed_run, flags, needs_int8, predictions_of
+from tests.common import Capture, Patch, changed_run, flags, needs_int8, predictions_of
 from tests.prediction.test_progress import Terminal
 from tests.scripts import start_script
 
 pytestmark = pytest.mark.xdist_group("predict")  # in one process: the runs are made once
-Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 METHODS = {
     "lora": "--lora_mlp True",
     "dora": "--lora_variant dora --lora_mlp True --precision bf16",
@@ -42,14 +40,12 @@ if refused() is None:
 
 
 @pytest.fixture(scope="session")
-def runs(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def runs(distilbert: Path, review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One finished run of each method on the small reviews."""
     folder = tmp_path_factory.mktemp("runs")
     for method, line in METHODS.items():
         more = f"--epochs 1 --learning_rate 1e-2 --precision fp32 {line}"
-        words = flags(tiny_folders["distilbert"], review_folder, folder / method, *more.split())
+        words = flags(distilbert, review_folder, folder / method, *more.split())
         assert finetune_lora.main(words) == 0, method
     return {method: folder / method for method in METHODS}
 
@@ -280,11 +276,9 @@ def test_an_exported_folder_predicts_as_its_model(
     assert np.ptp(np.array(found)[:, 0]) > 1e-3
 
 
-def test_exported_folders_that_are_refused(
-    tiny_folders: dict[str, Path], bases: dict[str, Path], tmp_path: Path, capsys: Capture
-) -> None:
+def test_exported_folders_that_are_refused(bert: Path, bases: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     assert "no trained classifier: its safetensors lack" in refusal(capsys, bases["bert"], "--text", "a film")
-    copy = shutil.copytree(tiny_folders["bert"], tmp_path / "copy")
+    copy = shutil.copytree(bert, tmp_path / "copy")
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[:-100])
     message = refusal(capsys, copy, "--text", "a film")
@@ -367,15 +361,13 @@ def test_the_column_is_that_of_the_run_unless_another_is_named(
     assert shown[0] == shown[1] != shown[2]
 
 
-def test_pairs_are_predicted_as_in_the_run(
-    runs: dict[str, Path], tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture
-) -> None:
+def test_pairs_are_predicted_as_in_the_run(runs: dict[str, Path], bert: Path, tmp_path: Path, capsys: Capture) -> None:
     for name, count in (("train", 40), ("test", 12)):
         rows = [(f"the plot is number {i}", f"no, it is {i + i % 2}", f"class {i % 2}") for i in range(count)]
         pd.DataFrame(rows, columns=["premise", "claim", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
     columns = ["--text_column", "premise", "--text_pair_column", "claim"]
     run = tmp_path / "run"
-    words = flags(tiny_folders["bert"], tmp_path, run, *columns, "--epochs", "1", "--method", "full")
+    words = flags(bert, tmp_path, run, *columns, "--epochs", "1", "--method", "full")
     assert finetune_lora.main([*words, "--split", "stratified", "--precision", "fp32"]) == 0
     assert '--text "..." --text_pair "..."' in capsys.readouterr().out
     stored, logits = predictions_of(run)
@@ -409,9 +401,7 @@ def test_pairs_are_predicted_as_in_the_run(
         assert message in refusal(capsys, directory, *more)
 
 
-def test_several_labels_are_predicted_as_in_the_run(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture
-) -> None:
+def test_several_labels_are_predicted_as_in_the_run(distilbert: Path, tmp_path: Path, capsys: Capture) -> None:
     words = {"superb": "good", "boring": "bad", "camera": "technical"}
     for name, count in (("train", 240), ("validation", 40), ("test", 40)):
         chosen = [[word for bit, word in enumerate(words) if i >> bit & 1] for i in range(count)]
@@ -420,7 +410,7 @@ def test_several_labels_are_predicted_as_in_the_run(
         pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / f"{name}.csv", index=False)
     run = tmp_path / "run"
     more = ["--epochs", "3", "--method", "full", "--label_separator", ";", "--threshold", "tuned"]
-    line = flags(tiny_folders["distilbert"], tmp_path, run, *more, "--monitor", "micro_f1", "--precision", "fp32")
+    line = flags(distilbert, tmp_path, run, *more, "--monitor", "micro_f1", "--precision", "fp32")
     assert finetune_lora.main(line) == 0
     shown = capsys.readouterr().out
     assert "exact match" in shown
@@ -463,7 +453,7 @@ def test_several_labels_are_predicted_as_in_the_run(
 
 
 @pytest.fixture(scope="module")
-def positive_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def positive_run(distilbert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with a positive class, in a folder with its texts, and what it printed."""
     folder = tmp_path_factory.mktemp("positive")
     words = {"superb": "good", "boring": "bad"}
@@ -473,7 +463,7 @@ def positive_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPat
         pd.DataFrame(table_of).to_csv(folder / f"{name}.csv", index=False)
     more = ["--epochs", "3", "--method", "full", "--threshold", "tuned", "--positive_label", "bad", "--precision"]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        assert finetune_lora.main(flags(tiny_folders["distilbert"], folder, folder / "run", *more, "fp32")) == 0
+        assert finetune_lora.main(flags(distilbert, folder, folder / "run", *more, "fp32")) == 0
     return folder / "run", shown.getvalue()
 
 
@@ -567,8 +557,8 @@ def test_the_texts_to_label_next(positive_run: tuple[Path, str], tmp_path: Path,
     assert "1 of 9 rows have no text and were left out" in shown.err
 
 
-def test_an_exported_folder_has_no_validation(tiny_folders: dict[str, Path], capsys: Capture) -> None:
-    folder = tiny_folders["distilbert"]
+def test_an_exported_folder_has_no_validation(distilbert: Path, capsys: Capture) -> None:
+    folder = distilbert
     for flag in ("--abstain", "--abstain_risk"):
         assert f"{flag} 0.5: needs a run directory: {folder} has no validation" in refusal(
             capsys, folder, "--text", "a", flag, 0.5

@@ -17,11 +17,11 @@ SCRIPT = ROOT / "run_DistilBert_gpu.SBATCH"
 
 
 @pytest.fixture
-def flags(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> list[str]:
+def flags(distilbert: Path, review_folder: Path, tmp_path: Path) -> list[str]:
     data = tmp_path / "my reviews"
     data.symlink_to(review_folder)
     return [
-        *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(data)),
+        *("--model_name", str(distilbert), "--dataset", "text", "--data_dir", str(data)),
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "4"),
         *("--epochs", "2", "--patience", "0", "--report", "False", "--baseline", "False"),
     ]

@@ -14,7 +14,7 @@ from benchmarks.slurm_cluster import Cluster, wait_until
 from compare_methods import main
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import read_plan
-from tests.common import ROOT, one_thread, write_study
+from tests.common import ROOT, Patch, one_thread, write_study
 
 SCRIPT = ROOT / "studies" / "run_study_array.SBATCH"
 ROWS = """
@@ -40,10 +40,9 @@ def table(results: Path) -> dict[str, Any]:
 
 
 def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
-    ready: Cluster, jobs_folder: Path, tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    write_study(jobs_folder / "tiny.toml", tiny_folders["distilbert"], ROWS)
+    ready: Cluster, jobs_folder: Path, distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    write_study(jobs_folder / "tiny.toml", distilbert, ROWS)
     flags = ("tiny.toml", "--data_dir", str(review_folder))
     array = ready.submit("--array=0-1%2", str(SCRIPT), *flags).stdout.strip()
     collected = ready.submit(f"--dependency=afterany:{array}", "--gres=none", str(SCRIPT), *flags).stdout.strip()

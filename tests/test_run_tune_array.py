@@ -12,11 +12,11 @@ TRIED = 4
 
 
 def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
-    ready: Cluster, jobs_folder: Path, tiny_folders: dict[str, Path], tmp_path: Path
+    ready: Cluster, jobs_folder: Path, distilbert: Path, tmp_path: Path
 ) -> None:
     write_splits(tmp_path, train=60, validation=50, test=40)
     line = "--dataset text --accelerator cpu --precision fp32 --max_length 32 --batch_size 8 --epochs 4 --prune False"
-    flags = [*line.split(), "--data_dir", str(tmp_path), "--model_name", str(tiny_folders["distilbert"])]
+    flags = [*line.split(), "--data_dir", str(tmp_path), "--model_name", str(distilbert)]
     flags += ["--trials", str(TRIED), "--seeds", "1", "--output_dir", "search"]
     array = ready.submit("--array=0-1", str(SCRIPT), *flags).stdout.strip()
     folder = jobs_folder / "search"

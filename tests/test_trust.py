@@ -32,7 +32,7 @@ from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RUN_FILES, r
 from finetuning.storage import write_json
 from finetuning.training.module import FineTuning
 from local_model_utilities import find_base_model, load_tokenizer
-from tests.common import ROOT, config_of_flags, frame, make_tiny_folder, refusal_of, texts_of
+from tests.common import ROOT, Capture, Patch, config_of_flags, frame, make_tiny_folder, refusal_of, texts_of
 from tests.hub_cache import card, parquet, write_hub_cache
 from tests.synthetic_runs import write_run
 
@@ -99,11 +99,10 @@ def test_a_pickle_is_no_model(model: Path, trace: Path) -> None:
 
 @pytest.mark.parametrize("name", [LAST_CHECKPOINT, BEST_CHECKPOINT])
 def test_a_pickle_is_no_checkpoint(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, trace: Path, name: str,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    distilbert: Path, review_folder: Path, tmp_path: Path, trace: Path, name: str, capsys: Capture, monkeypatch: Patch
+) -> None:
     pickled = partial(torch.save, {"state_dict": Planted(trace)})
-    words = ["--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(review_folder)]
+    words = ["--model_name", str(distilbert), "--dataset", "text", "--data_dir", str(review_folder)]
     words += ["--limit_train", "16", *RUN.split(), str(tmp_path / "run")]
     if name == LAST_CHECKPOINT:
         with monkeypatch.context() as patch:
@@ -198,7 +197,7 @@ def test_the_guard_refuses_and_records(guard: Guard) -> None:
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub_cache(tmp_path: Path, monkeypatch: Patch) -> Path:
     """The hub's cache of a machine that has a network."""
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -233,11 +232,11 @@ sys.exit(finetune_lora.main(sys.argv[1:]))
 
 
 def test_offline_opens_no_socket_for_data_of_the_hub(
-    hub_cache: Path, tiny_folders: dict[str, Path], tmp_path: Path, guard: Guard, capsys: pytest.CaptureFixture[str]
+    hub_cache: Path, distilbert: Path, tmp_path: Path, guard: Guard, capsys: Capture
 ) -> None:
     files = {f"plain/{name}.parquet": parquet(frame(40, word=name)) for name in ("train", "validation", "test")}
     write_hub_cache(hub_cache, "me/films", {"README.md": card("plain"), **files})
-    words = ["--dataset", "me/films", "--model_name", str(tiny_folders["distilbert"]), "--offline"]
+    words = ["--dataset", "me/films", "--model_name", str(distilbert), "--offline"]
     assert finetune_lora.main([*words, *RUN.split(), str(tmp_path / "run")]) == 0
     assert predict.main([str(tmp_path / "run"), "--text", "a film"]) == 0
     words[words.index("--model_name") + 1] = "me/model"
@@ -294,16 +293,14 @@ def test_names_of_configs_and_splits_are_no_paths(hub_cache: Path, tmp_path: Pat
 NAMES = ["../up", "a/b", "<script>alert(1)</script>", "=1+1", "+1", "-1", "@SUM(A1)", "|calc"]
 
 
-def test_class_names_are_no_paths_and_come_back_as_they_were(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_names_are_no_paths_and_come_back_as_they_were(distilbert: Path, tmp_path: Path, capsys: Capture) -> None:
     """A formula in a cell stays as it is, so that other programs read the same text: see the guide."""
     (tmp_path / "data").mkdir()
     texts = [f"{NAMES[i % 8]} text {i}" for i in range(80)]
     table = pd.DataFrame({"../text": texts, "=label": [NAMES[i % 8] for i in range(80)]})
     table.to_csv(tmp_path / "data" / "train.csv", index=False)
     run = tmp_path / "runs" / "run"
-    words = ["--dataset", "text", "--data_dir", str(tmp_path / "data"), "--model_name", str(tiny_folders["distilbert"])]
+    words = ["--dataset", "text", "--data_dir", str(tmp_path / "data"), "--model_name", str(distilbert)]
     words += ["--text_column", "../text", "--label_column", "=label", *RUN.split(), str(run)]
     assert finetune_lora.main(words) == 0
     assert {path.name for path in run.iterdir()} <= set(RUN_FILES)

@@ -27,7 +27,7 @@ from finetuning.tuning.facts import read_facts, useful_lengths
 from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin
 from finetuning.tuning.report import finish, gain_text, summary_lines
 from finetuning.tuning.space import Facts, make_space
-from tests.common import write_splits
+from tests.common import Capture, Patch, write_splits
 from tests.scripts import SharedServer, start_with_server
 from tests.tiny_models import POSITIONS
 
@@ -40,17 +40,17 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_server(monkeypatch: Patch) -> None:
     """Searches in this process start no server of their own."""
     monkeypatch.setattr(execution, "ForkServer", SharedServer)
 
 
 @pytest.fixture
-def flags(texts: Path, tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def flags(texts: Path, distilbert: Path, monkeypatch: Patch) -> list[str]:
     """What all searches here have: a tiny model, and two epochs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     line = "--dataset text --accelerator cpu --precision fp32 --max_length 32 --batch_size 8 --epochs 2"
-    return [*line.split(), "--data_dir", str(texts), "--model_name", str(tiny_folders["distilbert"])]
+    return [*line.split(), "--data_dir", str(texts), "--model_name", str(distilbert)]
 
 
 def trials_of(folder: Path) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def weights_of(folder: Path) -> list[str]:
 
 @pytest.mark.usefixtures("one_server")
 def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     words = ["tune", *flags, "--trials", str(TRIED), "--seeds", "2", "--patience", "auto"]
@@ -130,7 +130,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     check_that_resume_takes_no_flags(first, capsys)
 
 
-def check_that_resume_takes_no_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def check_that_resume_takes_no_flags(folder: Path, capsys: Capture) -> None:
     assert main(["tune", "--resume", "--output_dir", str(folder), "--seeds", "5"]) == 2
     assert "--seeds 5: with --resume, give --minutes or --trials as well" in capsys.readouterr().err
     for flag in ("--sampler", "random"), ("--prune",), ("--storage", "sqlite:///x"):
@@ -140,10 +140,10 @@ def check_that_resume_takes_no_flags(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_search_goes_on_with_its_own_texts_and_the_time_that_is_left(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     texts, folder = write_splits(tmp_path / "texts", train=60, validation=50, test=40), tmp_path / "search"
-    given = {"dataset": "text", "data_dir": texts, "model_name": str(tiny_folders["distilbert"])}
+    given = {"dataset": "text", "data_dir": texts, "model_name": str(distilbert)}
     before, an_hour_ago = find_materials(RunConfig.from_settings(**given)).texts.sha256, time.time() - 3600
     asked, facts = Asked(given, "tpe", True, None, None), Facts(5, 16, (256,), 2)
     begin(folder, asked, make_space(given, facts), Budget(an_hour_ago, 0.0, 10.0, None, 3), before)
@@ -158,9 +158,7 @@ def test_a_search_goes_on_with_its_own_texts_and_the_time_that_is_left(
         assert "texts or labels have changed since this search began" in capsys.readouterr().err
 
 
-def test_a_storage_that_is_refused_leaves_no_search(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_storage_that_is_refused_leaves_no_search(flags: list[str], tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "search"
     words = ["tune", *flags, "--trials", "1", "--storage", "sqlite:////nowhere/x.db", "--output_dir", str(folder)]
     assert main(words) == 2
@@ -248,7 +246,7 @@ def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path)
 
 @pytest.mark.usefixtures("one_server")
 def test_a_search_without_time_for_more_has_a_default_and_last_runs(
-    flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, capfd: Capture
 ) -> None:
     folder = tmp_path / "search"
     assert main(["tune", *flags, "--minutes", "0.02", "--jobs", "2", "--output_dir", str(folder)]) == 0
@@ -262,9 +260,8 @@ def test_a_search_without_time_for_more_has_a_default_and_last_runs(
 
 @pytest.mark.usefixtures("one_server")
 def test_base_models_are_searched(
-    flags: list[str], tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    flags: list[str], tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     monkeypatch.chdir(tiny_folders["bert"].parent)
     models = [
         "--models",
@@ -320,7 +317,7 @@ def test_base_models_are_searched(
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
+    flags: list[str], tmp_path: Path, capsys: Capture, more: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
     words = more.replace("FILE", str(tmp_path / "file" / "below")).split()
@@ -331,7 +328,7 @@ def test_bad_input_is_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_folder_and_optuna_are_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_and_optuna_are_needed(monkeypatch: Patch, capsys: Capture) -> None:
     assert main(["tune", "--trials", "1"]) == 2
     assert "tune: needs --output_dir DIR" in capsys.readouterr().err
     monkeypatch.setattr(command, "find_spec", lambda _: None)
@@ -339,17 +336,17 @@ def test_the_folder_and_optuna_are_needed(monkeypatch: pytest.MonkeyPatch, capsy
     assert "tune: needs Optuna: pip install -r requirements-tune.txt, or pip install optuna" in capsys.readouterr().err
 
 
-def test_the_declared_space_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_declared_space_is_shown(capsys: Capture) -> None:
     assert main(["tune", "--space"]) == 0
     assert "| learning_rate | 0.3 to 3, log-uniform times the default |" in capsys.readouterr().out
 
 
-def test_texts_are_measured_uncut_and_the_models_limit_is_tried(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_texts_are_measured_uncut_and_the_models_limit_is_tried(bert: Path, tmp_path: Path) -> None:
     for split, texts in (("train", 60), ("validation", 50), ("test", 10)):
         rows = [f"{split} {'long ' * 600}{i},{'ab'[i % 2]}" for i in range(texts)]
         (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
     given = {"dataset": "text", "data_dir": tmp_path, "accelerator": "cpu", "max_length": 32}
-    given["model_name"] = str(tiny_folders["bert"])
+    given["model_name"] = str(bert)
     facts = read_facts(RunConfig.from_settings(**given))
     assert facts.lengths == (32, POSITIONS)
     search = tmp_path / "space.toml"

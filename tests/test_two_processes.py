@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from finetuning.runs.files import read_result
-from tests.common import needs_int8
+from tests.common import Capture, Patch, needs_int8
 from tests.scripts import Script, start_script
 
 LIMIT_SECONDS = 240  # for a machine with other work; a run takes five
@@ -28,9 +28,9 @@ METHODS = {
 
 
 @pytest.fixture
-def flags(tiny_folders: dict[str, Path], review_folder: Path) -> list[str]:
+def flags(distilbert: Path, review_folder: Path) -> list[str]:
     return [
-        *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(review_folder)),
+        *("--model_name", str(distilbert), "--dataset", "text", "--data_dir", str(review_folder)),
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "8", "--epochs", "8"),
         *("--limit_train", "64", "--patience", "0", "--report", "False", "--baseline", "False"),
     ]
@@ -127,9 +127,7 @@ def test_two_processes_with_8_bit_products_end_like_one(flags: list[str], tmp_pa
     assert read_result(two)["validation"]["loss"] == pytest.approx(read_result(one)["validation"]["loss"], abs=1e-3)
 
 
-def test_the_second_process_tells_nobody_and_ends_with_status_0(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_second_process_tells_nobody_and_ends_with_status_0(monkeypatch: Patch, capsys: Capture) -> None:
     """Any other status makes Lightning or srun kill the first process, which may still be writing."""
     earlier = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     monkeypatch.setattr(finetune_lora, "run", lambda _: {"status": "interrupted"})

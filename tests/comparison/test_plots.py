@@ -11,6 +11,7 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import change_records
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, draw_plots
+from tests.common import Patch
 from tests.synthetic_runs import made_run, outcomes, write_run
 
 
@@ -49,9 +50,7 @@ def test_costs_that_may_not_be_compared_are_not_drawn(tmp_path: Path) -> None:
     assert set(drawn(tmp_path)) == {"accuracy_parameters.png", "learning_curves.png"}
 
 
-def test_more_rows_than_can_be_told_apart_are_the_front_and_the_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_rows_than_can_be_told_apart_are_the_front_and_the_best(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(plots, "STYLES", 3)
     labels: list[str] = []
     real = Axes.errorbar
@@ -69,7 +68,7 @@ def test_more_rows_than_can_be_told_apart_are_the_front_and_the_best(
     assert plot.caption.endswith(" Shown: 3 of 5 rows, the front and the best on the test.")
 
 
-def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch: Patch) -> None:
     limits: list[tuple[float, float]] = []
     set_ylim = Axes.set_ylim
 

@@ -14,7 +14,7 @@ from finetuning.comparison.page import Plot
 from finetuning.comparison.pairs import method_of
 from finetuning.comparison.report import Report, build_report, part_done
 from studies.pages import README_PLOT, default_rates_table
-from tests.common import contents
+from tests.common import Capture, Patch, contents
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
@@ -175,7 +175,7 @@ def test_what_the_report_says(results: Path) -> None:
     assert (results / README_PLOT).read_bytes().startswith(b"\x89PNG")
 
 
-def test_refused_input_writes_nothing(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_input_writes_nothing(results: Path, capsys: Capture) -> None:
     (results / "s" / RUNS).write_text("{")
     before = contents(results.parent)
     assert report(results) == 2
@@ -188,9 +188,7 @@ def test_refused_input_writes_nothing(results: Path, capsys: pytest.CaptureFixtu
     assert contents(results.parent) == before
 
 
-def test_other_results_renew_no_page_of_the_suite(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_results_renew_no_page_of_the_suite(results: Path, monkeypatch: Patch, capsys: Capture) -> None:
     page = results.parent / "README.md"
     monkeypatch.setattr(Plot, "png", b"")  # drawing takes long
     monkeypatch.setattr("compare_methods.REPOSITORY", replace(REPOSITORY, pages=(page,)))

@@ -18,14 +18,14 @@ from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.runs.files import read_result
-from tests.common import ROOT, frame, refusal_of, texts_of
+from tests.common import ROOT, Capture, Patch, frame, refusal_of, texts_of
 from tests.hub_cache import COMMIT, card, hub_server, parquet, write_hub_cache
 
 SPLITS = {"train": 40, "validation": 12, "test": 10}
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: Patch) -> Path:
     """The hub's cache, empty, as on a machine without a network."""
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
@@ -251,7 +251,7 @@ def test_code_is_never_run(cache: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_damaged_or_other_files(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_or_other_files(cache: Path, capfd: Capture) -> None:
     write_hub_cache(cache, "me/damaged", {"train.parquet": b"PAR1 nonsense PAR1"})
     assert "--dataset me/damaged cannot be read (" in refusal("me/damaged")
     write_hub_cache(cache, "me/pictures", {"train/bad/a.png": b"png", "train/good/b.png": b"png"})
@@ -268,11 +268,9 @@ def test_damaged_or_other_files(cache: Path, capfd: pytest.CaptureFixture[str]) 
 # --- whole commands
 
 
-def test_from_prefetch_to_prediction(
-    cache: Path, tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_prefetch_to_prediction(cache: Path, distilbert: Path, tmp_path: Path, capsys: Capture) -> None:
     write_hub_cache(cache, "me/films", files_of("plain", test=frame(10).assign(label=-1)))
-    common = ["--dataset", "me/films:plain", "--model_name", str(tiny_folders["distilbert"]), "--max_length", "16"]
+    common = ["--dataset", "me/films:plain", "--model_name", str(distilbert), "--max_length", "16"]
     assert finetune_lora.main([*common, "--prefetch"]) == 0
     assert "data: in the cache" in capsys.readouterr().out
     run = tmp_path / "run"
@@ -290,14 +288,10 @@ def test_from_prefetch_to_prediction(
 
 
 def test_refused_sets_leave_no_directory(
-    cache: Path,
-    tiny_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    cache: Path, distilbert: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     def refused(dataset: str, words: str, *more: str) -> None:
-        given = ["--dataset", dataset, "--model_name", str(tiny_folders["distilbert"]), "--max_length", "16", *more]
+        given = ["--dataset", dataset, "--model_name", str(distilbert), "--max_length", "16", *more]
         assert finetune_lora.main([*given, "--accelerator", "cpu", "--output_dir", str(tmp_path / "refused")]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert [line.partition(words)[:2] for line in lines] == [(f"error: --dataset {dataset}", words)]

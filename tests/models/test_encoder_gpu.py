@@ -16,6 +16,7 @@ from finetuning.models.attention import BIAS_MULTIPLE
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.quantization import quantize_linears
+from tests.common import Patch
 from tests.models import test_encoder
 from tests.models.test_encoder import (
     FAMILY,
@@ -70,7 +71,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.fixture
-def attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def attention_of_a_gpu(monkeypatch: Patch) -> list[str]:
     """Replaces torch's attention by the operators that it has on a GPU. On the meta device it would be its formula."""
     taken = []
 
@@ -132,7 +133,7 @@ def step(model: nn.Module, family: ModelFamily, dtype: torch.dtype, padded: bool
     [(m, p) for m in (*METHODS, *QLORA) for p in DTYPES if p == "bf16" or m in ("full", "all", "qlora_all")],
 )
 def test_shapes_dtypes_and_no_backward_of_slices(
-    family: ModelFamily, method: str, precision: str, attention_of_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+    family: ModelFamily, method: str, precision: str, attention_of_a_gpu: list[str], monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(test_encoder, "LAYERS", 2)
     dtype = DTYPES[precision]
@@ -160,7 +161,7 @@ def test_shapes_dtypes_and_no_backward_of_slices(
 
 @pytest.mark.parametrize(("method", "kind"), COUNTS)
 @pytest.mark.usefixtures("attention_of_a_gpu")
-def test_a_layer_takes_no_more_operators_than_counted(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_takes_no_more_operators_than_counted(method: str, kind: str, monkeypatch: Patch) -> None:
     family, dtype = FAMILIES["bert"], torch.float32 if kind == "fp32" else torch.bfloat16
     for padded in (False, True):
         counts = []
@@ -211,9 +212,7 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str, padded: b
         ("qwen3", "full", False),
     ],
 )
-def test_compiled_it_is_one_graph_for_all_lengths(
-    name: str, method: str, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_it_is_one_graph_for_all_lengths(name: str, method: str, padded: bool, monkeypatch: Patch) -> None:
     monkeypatch.setattr(test_encoder, "LAYERS", 2)
     family = TRIED[name]
     model = prepare(family, method)

@@ -15,7 +15,7 @@ from finetuning.models import compiled, int8_products
 from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
 from finetuning.processor import VARIABLE, instructions
-from tests.common import ROOT, needs_int8, one_thread
+from tests.common import ROOT, Patch, needs_int8, one_thread
 from tests.models.conftest import only, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -24,7 +24,7 @@ both_ways = pytest.mark.usefixtures("steps")
 
 
 @pytest.fixture(params=[*VARIANTS, None], ids=lambda variant: variant.name if variant else "torch")
-def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def steps(request: pytest.FixtureRequest, monkeypatch: Patch) -> Iterator[None]:
     """Each way of compiling the kernels that this processor can run, and torch's operators."""
     if request.param is None:
         monkeypatch.setattr(int8_products, "library", lambda *_: (None, "no"))
@@ -162,7 +162,7 @@ def test_products_are_exact(shape: tuple[int, int, int], extreme: bool) -> None:
 
 
 @needs_int8
-def test_a_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_product_is_refused(monkeypatch: Patch) -> None:
     def saturating(a: Tensor, b: Tensor, _: Tensor) -> Tensor:  # as AVX2 does it: pairs of products in 16 bits
         pairs = [(a[:, i : i + 2].int() + 128) @ b[i : i + 2].int() for i in range(0, a.shape[1], 2)]
         return torch.stack(pairs).clamp(-32768, 32767).sum(0).to(torch.int32) - 128 * b.int().sum(0, dtype=torch.int32)
@@ -194,14 +194,12 @@ print(refused())"""
     assert ended.stdout == f"{expected}\n", ended.stderr
 
 
-def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_the_instructions_is_refused(monkeypatch: Patch) -> None:
     monkeypatch.setattr(int8_products, "instructions", lambda: {"avx2", "avx512bw"})
     assert refused.__wrapped__() == "the processor has neither AVX512-VNNI nor AVX2-VNNI"
 
 
-def test_a_processor_with_avx2_vnni_needs_compiled_kernels(
-    fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_with_avx2_vnni_needs_compiled_kernels(fresh_library: Path, monkeypatch: Patch) -> None:
     for module in (compiled, int8_products):
         monkeypatch.setattr(module, "instructions", lambda: {"avx2", "fma", "bmi2", "movbe", "avx_vnni"})
     monkeypatch.setenv("CXX", "/nowhere/c++")

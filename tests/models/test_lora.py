@@ -16,7 +16,7 @@ from finetuning.models.cpu_kernels import swiglu
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import LinearWithLoRA, LoRALayer, linears, lora_modules, merge_lora
 from finetuning.models.quantization import dense_weight, quantize_linears
-from tests.common import CORE, tiny_classifier, train_only_lora
+from tests.common import CORE, Patch, tiny_classifier, train_only_lora
 from tests.models.conftest import assert_each_near, place_lora, relative_error, saved_tensors, with_lora
 
 RANK, ALPHA = 3, 5.0
@@ -74,9 +74,7 @@ def test_fast_forward_and_backward_equal_the_plain_formula(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_gradients_the_adapter_is_merged_where_that_is_exact(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_gradients_the_adapter_is_merged_where_that_is_exact(dtype: torch.dtype, monkeypatch: Patch) -> None:
     module, x = lora_linear(), torch.randn(2, 5, 10, dtype=dtype)
     merged: list[bool] = []
 
@@ -95,7 +93,7 @@ def test_without_gradients_the_adapter_is_merged_where_that_is_exact(
 @pytest.mark.parametrize("kind", ["lora", "frozen", "bias", "trained"])
 @pytest.mark.parametrize("input_is_trained", [True, False])
 def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
-    kind: str, input_is_trained: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, input_is_trained: bool, rows_at_once: int, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(products, "ROWS_AT_ONCE", rows_at_once)
     module: nn.Module = lora_linear() if kind == "lora" else nn.Linear(10, 7).requires_grad_(kind == "trained")

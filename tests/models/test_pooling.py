@@ -65,9 +65,9 @@ def test_a_decoder_is_refused(folder_of: Any) -> None:
 
 @pytest.mark.parametrize("method", ["head", "lora"])
 def test_a_run_predicts_the_same_again(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+    bert: Path, review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    run, base = tmp_path / "run", tiny_folders["bert"]
+    run, base = tmp_path / "run", bert
     line = f"--dataset text --data_dir {review_folder} --model_name {base} --output_dir {run} --pooling mean"
     line += f" --method {method} --max_length 32 --epochs 2 --precision fp32 --accelerator cpu --report False"
     assert finetune_lora.main(line.split()) == 0

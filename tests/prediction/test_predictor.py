@@ -13,11 +13,9 @@ from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, write_result
 
 
-def test_no_result_is_read_before_all_batches_are_computed(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_result_is_read_before_all_batches_are_computed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each reading waits for all queued work."""
-    predictor = load_predictor(read_trained(tiny_folders["bert"]))
+    predictor = load_predictor(read_trained(bert))
     log: list[str] = []
     compute, read = Classifier.logits, torch.Tensor.cpu
 
@@ -41,8 +39,8 @@ def test_no_result_is_read_before_all_batches_are_computed(
     assert log[-batches:] == ["read"] * batches
 
 
-def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    base = tiny_folders["bert"]
+def test_a_base_model_that_has_changed_since_the_run_is_refused(bert: Path, tmp_path: Path) -> None:
+    base = bert
     config = RunConfig.from_settings(model_name=str(base), accelerator="cpu", max_length=32)
     data = {"label_names": ["bad", "good"], "columns": {}}
     result = {"status": "finished", "config": config.to_dict(), "data": data, "task": {}}

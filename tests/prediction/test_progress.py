@@ -1,9 +1,8 @@
 import io
 
-import pytest
-
 from finetuning.prediction import progress as module
 from finetuning.prediction.progress import Progress
+from tests.common import Capture, Patch
 
 
 class Terminal(io.StringIO):
@@ -11,7 +10,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_on_a_terminal(monkeypatch: Patch) -> None:
     monkeypatch.setattr(module, "BAR_AFTER", 0.0)
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     with Progress("predict", 4) as done:
@@ -22,7 +21,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "4/4" in terminal.getvalue()
 
 
-def test_a_line_each_minute_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_each_minute_elsewhere(monkeypatch: Patch, capsys: Capture) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     with Progress("predict", 1000) as known, Progress("check") as unknown:

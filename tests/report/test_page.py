@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from finetune_lora import main
 from finetuning.config import RunConfig
@@ -12,7 +11,7 @@ from finetuning.report.sections import cost_table
 from finetuning.runs.files import REPORT, write_result, write_settings
 from finetuning.runs.history import write_predictions
 from finetuning.runs.lock import DirectoryLock
-from tests.common import random_answers
+from tests.common import Capture, random_answers
 from tests.html_reader import read
 
 Split = tuple[np.ndarray, np.ndarray]  # labels (n,), logits (n, classes)
@@ -89,11 +88,11 @@ def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_report_of_a_finished_run_is_written_again(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilbert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     splits = {"validation": random_split(40, 2, 0), "test": random_split(40, 2, 1)}
     leave_predictions(tmp_path, splits)
-    settings = {"model_name": str(tiny_folders["distilbert"]), "max_length": 32, "dataset": "text"}
+    settings = {"model_name": str(distilbert), "max_length": 32, "dataset": "text"}
     result = result_of_run(["bad", "good"], splits, **settings, data_dir=review_folder, output_dir=tmp_path)
     write_settings(tmp_path, result["config"], {"data": {}})
     write_result(tmp_path, result)

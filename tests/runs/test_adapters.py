@@ -109,11 +109,11 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "value", "dense"]])
 def test_a_classifier_above_a_pooler_with_lora_stays_trained(
-    tiny_folders: dict[str, Path], tmp_path: Path, targets: str | list[str]
+    bert: Path, tmp_path: Path, targets: str | list[str]
 ) -> None:
     more: dict[str, Any] = {"target_modules": targets, "modules_to_save": None, "r": 4, "lora_alpha": 6}
-    expected = made_by_peft(tiny_folders["bert"], tmp_path / "peft", "bert", **more)
-    classifier, config = adopted(tiny_folders["bert"], tmp_path / "peft")
+    expected = made_by_peft(bert, tmp_path / "peft", "bert", **more)
+    classifier, config = adopted(bert, tmp_path / "peft")
     torch.testing.assert_close(logits(classifier), expected, rtol=0, atol=1e-5)
     assert not config.lora.lora_head
     head = {
@@ -126,7 +126,7 @@ def test_a_classifier_above_a_pooler_with_lora_stays_trained(
     (tmp_path / "ours").mkdir()
     save(tmp_path / "ours", classifier, config)
     assert json.loads((tmp_path / "ours" / ADAPTER_CONFIG).read_text())["modules_to_save"] == ["classifier"]
-    _, again = logits_in_peft(tiny_folders["bert"], tmp_path / "ours")
+    _, again = logits_in_peft(bert, tmp_path / "ours")
     torch.testing.assert_close(again, logits(classifier), rtol=0, atol=1e-5)
 
 
@@ -173,11 +173,9 @@ def test_an_adapter_knows_the_texts_of_all_runs_that_made_it(bases: dict[str, Pa
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_head_that_peft_did_not_save_comes_from_the_base(
-    tiny_folders: dict[str, Path], tmp_path: Path, older: bool
-) -> None:
+def test_a_head_that_peft_did_not_save_comes_from_the_base(bert: Path, tmp_path: Path, older: bool) -> None:
     base = tmp_path / "base"
-    shutil.copytree(tiny_folders["bert"], base)
+    shutil.copytree(bert, base)
     expected = made_by_peft(base, tmp_path, "bert", r=2, lora_alpha=4)
     if older:
         torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -186,13 +184,13 @@ def test_a_head_that_peft_did_not_save_comes_from_the_base(
     pooler = {name for name in tensors if "pooler" in name}
     save_file({name: tensor for name, tensor in tensors.items() if name not in pooler}, tmp_path / ADAPTER)
     classifier, _ = adopted(base, tmp_path)
-    stored = load_file(tiny_folders["bert"] / "model.safetensors")["bert.pooler.dense.weight"]
+    stored = load_file(bert / "model.safetensors")["bert.pooler.dense.weight"]
     assert torch.equal(classifier.model.get_submodule("bert.pooler.dense").weight, stored)
     assert not torch.allclose(logits(classifier), expected, atol=1e-3)
 
 
-def test_rows_of_a_head_follow_the_names_of_the_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_folders["distilbert"], tmp_path / "base")
+def test_rows_of_a_head_follow_the_names_of_the_base(distilbert: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(distilbert, tmp_path / "base")
     expected = made_by_peft(base, tmp_path / "peft", "distilbert", r=2, lora_alpha=4)
     config = json.loads((base / "config.json").read_text())
 
@@ -263,7 +261,7 @@ def test_a_head_of_other_classes_is_drawn_and_lora_stays(
 
 
 def test_classes_are_the_same_in_any_order_and_where_nobody_knows_their_names(
-    bases: dict[str, Path], tiny_folders: dict[str, Path], tmp_path: Path
+    bases: dict[str, Path], distilbert: Path, tmp_path: Path
 ) -> None:
     earlier, config = build(bases["distilbert"], 0, **ALL_BUT_HEAD)
     save(tmp_path, earlier, config)
@@ -271,7 +269,7 @@ def test_classes_are_the_same_in_any_order_and_where_nobody_knows_their_names(
     assert other_classes(read_adapter(tmp_path), base, ["other", "names"]) == ""
     write_result(tmp_path, {"data": {"label_names": NAMES[::-1]}})
     assert other_classes(read_adapter(tmp_path), base, NAMES) == ""
-    with_head = find_base_model(config.changed(model_name=str(tiny_folders["distilbert"]), max_length=32))
+    with_head = find_base_model(config.changed(model_name=str(distilbert), max_length=32))
     bare = replace(read_adapter(tmp_path), result={}, shapes={})
     assert other_classes(bare, with_head, ["a", "b", "c"]) == "2 classes, and these texts have 3"  # the base's head
     assert other_classes(bare, base, ["a", "b", "c"]) == "", "a new head"

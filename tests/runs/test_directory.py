@@ -32,7 +32,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
-from tests.common import contents, refusal_of
+from tests.common import Capture, Patch, contents, refusal_of
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {
@@ -169,9 +169,7 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
     assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path)
 
 
-def test_a_run_without_an_intact_checkpoint_can_only_start_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_an_intact_checkpoint_can_only_start_over(tmp_path: Path, capsys: Capture) -> None:
     begin(tmp_path)
     assert interrupted_settings(tmp_path) == STORED
     assert checkpoint_to_resume(tmp_path) is None
@@ -183,9 +181,7 @@ def test_a_run_without_an_intact_checkpoint_can_only_start_over(
     assert checkpoint_to_resume(tmp_path) == tmp_path / LAST_CHECKPOINT
 
 
-def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path, capsys: Capture) -> None:
     begin(tmp_path)
     for _ in range(2):
         write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
@@ -203,7 +199,7 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
 
 @pytest.mark.parametrize("with_previous", [True, False])
 def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
-    tmp_path: Path, with_previous: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, with_previous: bool, capsys: Capture
 ) -> None:
     resumed = interrupted_run(tmp_path)
     last = tmp_path / LAST_CHECKPOINT
@@ -233,7 +229,7 @@ def _refuse(*_: object) -> None:
     raise PermissionError(13, "Permission denied")
 
 
-def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     given = {"output_dir": tmp_path, "resume": "auto", "epochs": 3}
     fresh = settings_to_run(given, {"seed": 5})
     assert fresh is not None
@@ -259,9 +255,7 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatc
             settings_to_run({"output_dir": directory, "resume": "auto", "overwrite": True}, {})
 
 
-def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(tmp_path: Path, monkeypatch: Patch) -> None:
     flags = {"output_dir": tmp_path, "resume": "auto", "overwrite": True, "seed": 5}
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     begin(tmp_path, wanted(tmp_path, seed=0).to_dict())
@@ -307,7 +301,7 @@ def test_a_directory_has_one_writer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("restarts", [None, "0", "1"])
 def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
-    tmp_path: Path, restarts: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, restarts: str | None, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(run_directory, "DEAD_NODE_SECONDS", 0.1)
     with claimed(tmp_path, wanted(tmp_path))[0]:
@@ -319,7 +313,7 @@ def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])
 def test_the_next_resume_says_that_the_last_process_was_killed(
-    tmp_path: Path, with_checkpoint: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, with_checkpoint: bool, capsys: Capture
 ) -> None:
     config = wanted(tmp_path, resume=True)
     begin(tmp_path, config.to_dict())
@@ -422,7 +416,7 @@ def test_another_number_of_processes_is_refused_and_the_run_stays(tmp_path: Path
 
 @pytest.mark.parametrize(("threads", "warns"), [(2, False), (3, True), (None, False)])
 def test_another_number_of_threads_gives_a_warning(
-    tmp_path: Path, threads: int | None, warns: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, threads: int | None, warns: bool, capsys: Capture
 ) -> None:
     resumed = interrupted_run(tmp_path)
     with claimed(tmp_path, resumed, threads=threads)[0]:
@@ -432,9 +426,7 @@ def test_another_number_of_threads_gives_a_warning(
 
 
 @pytest.mark.parametrize(("precision", "warns"), [("bfloat16", False), ("float16", True)])
-def test_another_precision_gives_a_warning(
-    tmp_path: Path, precision: str, warns: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_precision_gives_a_warning(tmp_path: Path, precision: str, warns: bool, capsys: Capture) -> None:
     resumed = interrupted_run(tmp_path, precision="bfloat16")
     with claimed(tmp_path, resumed, precision=precision)[0]:
         said = capsys.readouterr().err
@@ -493,7 +485,7 @@ def test_a_models_config_is_neither_in_the_way_nor_removed(tmp_path: Path) -> No
     assert contents(tmp_path)["config.json"] == b'{"model_type": "bert"}'
 
 
-def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_directory_says_what_runs(monkeypatch: Patch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)  # a shell of salloc, in which several runs may follow
     assert default_directory("imdb", "qlora").match("runs/imdb-qlora-20*-*")

@@ -11,7 +11,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock, claimed
-from tests.common import ROOT, full_disk, refusal_of
+from tests.common import ROOT, Capture, Patch, full_disk, refusal_of
 
 HOLD = """
 import sys, pathlib
@@ -42,9 +42,7 @@ def test_a_living_process_is_named_and_a_killed_one_is_not_in_the_way(tmp_path: 
         assert lock.killed is None
 
 
-def test_who_has_patience_waits_for_the_holder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_has_patience_waits_for_the_holder(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     first, slept = DirectoryLock(tmp_path), []
 
     def sleep(seconds: float) -> None:
@@ -58,7 +56,7 @@ def test_who_has_patience_waits_for_the_holder(
     assert capsys.readouterr().out.count(": waiting for it\n") == 1
 
 
-def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: Patch) -> None:
     first, flock, taken = DirectoryLock(tmp_path), fcntl.flock, []
 
     def end_of_the_first(file: object, how: int) -> None:
@@ -82,7 +80,7 @@ def test_a_lock_with_damaged_content_is_not_in_the_way(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -93,7 +91,7 @@ def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
     assert line == f"warning: {tmp_path} cannot be locked (No locks available): start no second run"
 
 
-def test_a_full_disk_refuses_the_directory_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_refuses_the_directory_in_one_line(tmp_path: Path, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(json, "dump", full_disk)
         with pytest.raises(UserError, match=f"--output_dir {tmp_path}: cannot be written: No space left on device"):

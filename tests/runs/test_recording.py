@@ -9,6 +9,7 @@ from finetuning.config import RunConfig
 from finetuning.runs.files import LAST_CHECKPOINT, read_result
 from finetuning.runs.messages import called
 from finetuning.runs.recording import NO_PRIMITIVE, recorded
+from tests.common import Capture, Patch
 
 ADVICE = "lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept"
 
@@ -26,9 +27,7 @@ ADVICE = "lower --batch_tokens, or use --gradient_checkpointing True; the last c
         (RuntimeError("shapes differ\nin detail"), "shapes differ"),
     ],
 )
-def test_the_reason_of_a_failure_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, begin: str
-) -> None:
+def test_the_reason_of_a_failure_is_one_line(tmp_path: Path, capsys: Capture, error: Exception, begin: str) -> None:
     with recorded(tmp_path, RunConfig.from_settings().to_dict()):
         raise error
     (line,) = capsys.readouterr().err.splitlines()
@@ -38,7 +37,7 @@ def test_the_reason_of_a_failure_is_one_line(
 
 
 def test_a_directory_that_begins_with_a_dash_is_no_flag_of_the_next_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (directory := Path("-run")).mkdir()

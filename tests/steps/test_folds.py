@@ -33,7 +33,7 @@ from finetuning.steps import read_inputs
 from finetuning.steps.baseline import compare_with_baseline, of_folds
 from finetuning.steps.folds import means, time_left
 from finetuning.training.callbacks import Meter
-from tests.common import config_of_flags, flags
+from tests.common import Capture, Patch, config_of_flags, flags
 
 pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
 Words = Callable[..., list[str]]
@@ -49,12 +49,12 @@ def few_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(tiny_folders: dict[str, Path], few_reviews: Path) -> Words:
+def words(distilbert: Path, few_reviews: Path) -> Words:
     """A function: the directory, and more flags -> the flags of a run with two folds."""
     own = "--learning_rate 0.01 --dropout 0.1 --epochs 4 --patience auto --report True --kfold 2"
 
     def given(output: Path, *more: str, data: Path = few_reviews) -> list[str]:
-        return flags(tiny_folders["distilbert"], data, output, *own.split(), *more)
+        return flags(distilbert, data, output, *own.split(), *more)
 
     return given
 
@@ -126,7 +126,7 @@ def test_the_final_run_has_the_learning_rates_of_the_folds(finished: Path) -> No
     assert rates == pytest.approx({1: 0.0, 2: 0.005} | falling), "those with which the steps were made"
 
 
-def test_what_a_finished_run_is_for(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_finished_run_is_for(finished: Path, capsys: Capture) -> None:
     assert predict([str(finished), "--text", "a dull and tedious mess"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("a dull and tedious mess,")
     report = (finished / "report.html").read_text(encoding="utf8")
@@ -135,9 +135,7 @@ def test_what_a_finished_run_is_for(finished: Path, capsys: pytest.CaptureFixtur
     assert set(read_own_answers(read_finished(finished))) == {"test"}  # what an export is compared with
 
 
-def test_the_command_prints_a_line_for_each_fold(
-    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_line_for_each_fold(words: Words, tmp_path: Path, capsys: Capture) -> None:
     more = ("--epochs", "1", "--test", "False", "--report", "False")
     assert main(words(tmp_path / "run", *more)) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -166,7 +164,7 @@ def test_the_command_prints_a_line_for_each_fold(
 
 
 def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
-    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Words, tmp_path: Path, capsys: Capture
 ) -> None:
     for name in ("train", "test"):
         write_reviews(tmp_path / f"{name}.csv", 24, seed=len(name))
@@ -189,9 +187,7 @@ def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
 # --- interruptions
 
 
-def interrupting(
-    monkeypatch: pytest.MonkeyPatch, folder: str, hook: str, step: int | None, how: Callable[[], object]
-) -> None:
+def interrupting(monkeypatch: Patch, folder: str, hook: str, step: int | None, how: Callable[[], object]) -> None:
     """At a step of the run in ``folder``, or at the first one with this hook, does something once."""
     done: list[int] = []
 
@@ -212,7 +208,7 @@ def kill() -> None:
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(
-    finished: Path, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, words: Words, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     output = tmp_path / "run"
     flags = words(output)
@@ -244,7 +240,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
 
 
 def test_a_run_whose_texts_have_changed_is_not_continued(
-    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     data, output = Path(shutil.copytree(few_reviews, tmp_path / "data")), tmp_path / "run"
     flags = words(output, data=data)
@@ -268,7 +264,7 @@ def test_a_run_whose_texts_have_changed_is_not_continued(
 
 
 def test_a_run_whose_texts_would_be_in_other_folds_is_not_continued(
-    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """The first fold has finished, and the tokens are the same: only the groups are others."""
     data, output = Path(shutil.copytree(few_reviews, tmp_path / "data")), tmp_path / "run"
@@ -286,7 +282,7 @@ def test_a_run_whose_texts_would_be_in_other_folds_is_not_continued(
     assert "cut into folds of the data is not the one with which" in capsys.readouterr().err
 
 
-def test_a_fold_that_fails_ends_the_run(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fold_that_fails_ends_the_run(words: Words, tmp_path: Path, capsys: Capture) -> None:
     flags = words(tmp_path / "run", "--precision", "fp32")
     assert main([*flags, "--learning_rate", "1e38", "--gradient_clip", "0"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -315,9 +311,7 @@ def test_a_fold_alone_has_the_budget_of_the_whole_run(words: Words) -> None:
     assert found == [(8, 20)] * 2, "300 steps of 40 texts"
 
 
-def test_the_estimate_is_of_the_first_fold_and_of_all(
-    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_estimate_is_of_the_first_fold_and_of_all(words: Words, tmp_path: Path, capsys: Capture) -> None:
     assert main(words(tmp_path / "run", "--estimate")) == 0
     shown = capsys.readouterr().out
     assert "20 train, 20 validation" in shown
@@ -353,7 +347,7 @@ def test_the_time_left_counts_the_epochs_of_the_final_run() -> None:
     ],
 )
 def test_what_is_refused_leaves_nothing(
-    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    words: Words, tmp_path: Path, capsys: Capture, more: list[str], message: str
 ) -> None:
     assert main(words(tmp_path / "run", *more)) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
@@ -361,14 +355,12 @@ def test_what_is_refused_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fold_needs_its_number_of_folds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fold_needs_its_number_of_folds(capsys: Capture) -> None:
     assert main(["--offline", "--fold", "1"]) == 2
     assert capsys.readouterr().err == "error: --fold 1: needs --kfold N, the number of folds\n"
 
 
-def test_other_runs_in_the_folder_of_the_folds_are_kept(
-    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_runs_in_the_folder_of_the_folds_are_kept(words: Words, tmp_path: Path, capsys: Capture) -> None:
     for name, content in (("1/result.json", json.dumps({"mine": 1})), ("1/notes.txt", "mine")):
         path = tmp_path / "run" / "folds" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -423,7 +415,7 @@ def test_the_baseline_of_folds_is_compared_with_the_means_that_the_run_prints() 
     assert of_folds(folds | {"same_epoch": None})[1] == {"accuracy": 0.8}, "of each fold's best epoch"
 
 
-def test_a_fold_without_a_baseline_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fold_without_a_baseline_is_named(capsys: Capture) -> None:
     training: Any = SimpleNamespace(
         claim=SimpleNamespace(config=RunConfig.from_settings()), watch=SimpleNamespace(keep_memory=lambda: None),
         inputs=SimpleNamespace(task=None), folds=SimpleNamespace(record={"folds": [{"baseline": None}]}),
@@ -433,7 +425,7 @@ def test_a_fold_without_a_baseline_is_named(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "no baseline: a fold has none\n"
 
 
-def test_the_final_run_saves_its_average(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_run_saves_its_average(words: Words, tmp_path: Path, monkeypatch: Patch) -> None:
     flags = words(tmp_path / "run", "--average", "ema", "--epochs", "2", "--report", "False")
     with monkeypatch.context() as patch:
         interrupting(patch, "run", "on_test_start", None, stop)  # so the resumed run does not train

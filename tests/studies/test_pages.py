@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-
 from compare_methods import REPOSITORY
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.page import Plot
 from finetuning.tuning import command
 from studies.pages import README_PLOT, README_STUDY, page_plots, page_tables, readme_plot
+from tests.common import Patch
 from tests.synthetic_runs import outcomes, two_studies, write_run
 
 
@@ -33,9 +32,7 @@ def test_every_table_of_the_pages_has_its_markers() -> None:
         assert f"<!-- {name}:begin -->" in text, name
 
 
-def test_the_installed_command_adds_nothing_to_the_studies_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_installed_command_adds_nothing_to_the_studies_of_others(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Plot, "png", b"")  # drawing takes long
     results, page = tmp_path / "results", tmp_path / "README.md"
     two_studies(results)

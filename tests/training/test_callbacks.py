@@ -16,7 +16,7 @@ from finetuning.runs.files import read_result
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter, ProgressLines
 from finetuning.training.checkpoints import BestCheckpoint
-from tests.common import ROOT, flags
+from tests.common import ROOT, Capture, Patch, flags
 from tests.scripts import start_script
 
 
@@ -99,9 +99,7 @@ def test_a_loss_that_is_not_finite_is_found_at_once_in_the_first_steps(
         meter.on_train_batch_end(trainer, module, {"mean_loss": torch.tensor(losses[-1])}, {}, step - 1)
 
 
-def test_training_has_a_clock_for_the_wall_and_one_for_processors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_has_a_clock_for_the_wall_and_one_for_processors(tmp_path: Path, monkeypatch: Patch) -> None:
     """A run that shares its machine waits, so only the second one can be compared then."""
     clocks = {"wall": 10.0, "processors": 3.0}
     monkeypatch.setattr(callbacks, "clock", lambda _: clocks["wall"])
@@ -132,7 +130,7 @@ def test_ranks_drop_out_different_units(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("device", "every"), [("cuda", 10), ("cpu", 1)])
 def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldom(
-    tmp_path: Path, device: str, every: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, device: str, every: int, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "to", lambda self, place: (self, place))
     monkeypatch.setattr(callbacks, "clock", lambda _: 0.0)
@@ -149,7 +147,7 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     ("device", "batches", "lines"), [("cpu", 30, 30), ("cuda", 30, 3), ("cuda", 400, 20), ("cuda", 9, 1)]
 )
 def test_lines_of_progress_read_the_loss_of_a_gpu_seldom(
-    device: str, batches: int, lines: int, capsys: pytest.CaptureFixture[str]
+    device: str, batches: int, lines: int, capsys: Capture
 ) -> None:
     trainer: Any = SimpleNamespace(num_training_batches=batches, is_global_zero=True, current_epoch=0, max_epochs=1)
     module: Any = SimpleNamespace(device=torch.device(device))
@@ -177,10 +175,10 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 
 
 def test_at_a_terminal_a_bar_shows_the_latest_loss_and_a_closed_terminal_leaves_a_checkpoint(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+    distilbert: Path, review_folder: Path, tmp_path: Path
 ) -> None:
     more = ("--epochs", "2000", "--test", "False", "--limit_train", "16", "--report", "False")
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
+    words = flags(distilbert, review_folder, tmp_path / "run", *more)
     (script := tmp_path / "at_a_terminal.py").write_text(AT_A_TERMINAL)
     process = start_script(str(script), [str(ROOT / "finetune_lora.py"), *words])
     shown, errors = process.communicate(timeout=120)

@@ -16,13 +16,13 @@ from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.checkpoints import CheckpointFiles
 from finetuning.training.trackers import Trackers
-from tests.common import flags
+from tests.common import Patch, flags
 
 
 class Clock:
     """A clock that the test moves. Writing a checkpoint takes ``cost`` seconds."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
+    def __init__(self, monkeypatch: Patch, cost: float) -> None:
         self.now = 1000.0
         self.cost = cost
         monkeypatch.setattr(checkpoints.time, "monotonic", lambda: self.now)
@@ -39,9 +39,7 @@ class FullFile(io.BytesIO):
         return super().write(content)
 
 
-def test_a_full_disk_is_the_error_and_leaves_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_the_error_and_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: Patch) -> None:
     last = tmp_path / "last.ckpt"
     CheckpointFiles().save_checkpoint({"epoch": 1}, last)
     save = torch.save
@@ -63,7 +61,7 @@ def test_a_full_disk_is_the_error_and_leaves_the_old_checkpoint(
     ],
 )
 def test_a_checkpoint_is_due_by_the_clock_and_takes_at_most_a_hundredth_of_the_time(
-    minutes: float, cost: float, after: float | None, monkeypatch: pytest.MonkeyPatch
+    minutes: float, cost: float, after: float | None, monkeypatch: Patch
 ) -> None:
     clock = Clock(monkeypatch, cost)
     files = CheckpointFiles()
@@ -82,7 +80,7 @@ def test_a_checkpoint_is_due_by_the_clock_and_takes_at_most_a_hundredth_of_the_t
     ("minutes", "steps", "expected"), [(0, 0, []), (0.9, 0, [3, 6]), (0, 3, [3, 6]), (0.01, 0, [1, 3, 5, 7])]
 )
 def test_a_run_writes_the_checkpoints_that_are_due(
-    minutes: float, steps: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minutes: float, steps: int, expected: list[int], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     clock = Clock(monkeypatch, cost=0.25)  # so one may come every 25 s
     files, saved = CheckpointFiles(), []
@@ -137,8 +135,8 @@ def test_a_test_stops_at_once_if_no_other_process_waits_for_it(tmp_path: Path) -
         stop.on_test_batch_end(trainers[0], None, None, {}, 0)
 
 
-def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
-    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--checkpoint_steps", "9")
+def test_the_flags_reach_the_run(bert: Path, review_folder: Path, tmp_path: Path) -> None:
+    words = flags(bert, review_folder, tmp_path / "run", "--checkpoint_steps", "9")
     for more, minutes in ((["--checkpoint_minutes", "7"], 7), ([], 5)):
         config = from_flags([*words, *more, "--overwrite"])
         claim = claim_directory(tmp_path / "run", read_inputs(config, find_materials(config)))

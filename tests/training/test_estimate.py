@@ -15,7 +15,7 @@ from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SingleLabel
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model, load_tokenizer
-from tests.common import flags, texts_of
+from tests.common import Capture, Patch, flags, texts_of
 from tests.scripts import finish, start
 
 
@@ -37,10 +37,8 @@ def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunCon
 
 
 @pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("sgd_nesterov", 1), ("sgd", 0)])
-def test_parts_are_those_that_are_known(
-    tiny_folders: dict[str, Path], review_folder: Path, optimizer: str, states: int
-) -> None:
-    record, config, weights = measured(tiny_folders["distilbert"], review_folder, method="full", optimizer=optimizer)
+def test_parts_are_those_that_are_known(distilbert: Path, review_folder: Path, optimizer: str, states: int) -> None:
+    record, config, weights = measured(distilbert, review_folder, method="full", optimizer=optimizer)
     memory, seconds = record["memory"], record["seconds"]
     assert memory["gradients"] == weights  # all is trained, in fp32
     assert memory["optimizer"] == states * weights
@@ -53,8 +51,8 @@ def test_parts_are_those_that_are_known(
 
 
 @pytest.mark.filterwarnings("error:Mean of empty slice")
-def test_one_step_in_an_epoch_is_enough(tiny_folders: dict[str, Path], review_folder: Path) -> None:
-    record, *_ = measured(tiny_folders["distilbert"], review_folder, limit_train=8)
+def test_one_step_in_an_epoch_is_enough(distilbert: Path, review_folder: Path) -> None:
+    record, *_ = measured(distilbert, review_folder, limit_train=8)
     assert record["steps"] == 1
     assert all(seconds > 0 for seconds in record["seconds"].values())
 
@@ -63,15 +61,15 @@ def test_one_step_in_an_epoch_is_enough(tiny_folders: dict[str, Path], review_fo
     "settings", [{"method": "selective", "trainable_layers": 1}, {"lora_layers": "2"}], ids=["selective", "lora_layers"]
 )
 def test_outputs_of_frozen_layers_are_part_of_it(
-    tiny_folders: dict[str, Path], review_folder: Path, settings: dict[str, Any]
+    distilbert: Path, review_folder: Path, settings: dict[str, Any]
 ) -> None:
     settings = settings | {"epochs": 5}
-    record, config, weights = measured(tiny_folders["distilbert"], review_folder, **settings)
-    plain, *_ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=0.0, **settings)
+    record, config, weights = measured(distilbert, review_folder, **settings)
+    plain, *_ = measured(distilbert, review_folder, frozen_cache_gb=0.0, **settings)
     memory, seconds = record["memory"], record["seconds"]
     assert plain["memory"]["kept_outputs"] == 0 < memory["kept_outputs"]
     assert memory["kept_outputs"] % (32 * 4) == 0, "rows of the model's width, in fp32"
-    filed, *_ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=1e-9, **settings)
+    filed, *_ = measured(distilbert, review_folder, frozen_cache_gb=1e-9, **settings)
     on_disk, table = filed["memory"], estimate_table(filed, weights, config.training.epochs)
     assert (on_disk["kept_outputs"], on_disk["outputs_on_disk"]) == (0, memory["kept_outputs"])
     assert re.search(r"\noutputs of frozen layers +\d+ MiB on disk\n", table)
@@ -83,24 +81,24 @@ def test_outputs_of_frozen_layers_are_part_of_it(
     assert "outputs of frozen layers" in estimate_table(record, weights, config.training.epochs)
 
 
-def test_an_average_of_the_weights_is_part_of_it(tiny_folders: dict[str, Path], review_folder: Path) -> None:
-    record, config, weights = measured(tiny_folders["distilbert"], review_folder, method="full", average="ema")
+def test_an_average_of_the_weights_is_part_of_it(distilbert: Path, review_folder: Path) -> None:
+    record, config, weights = measured(distilbert, review_folder, method="full", average="ema")
     assert record["memory"]["average"] == weights
     assert "average of the weights" in estimate_table(record, weights, config.training.epochs)
 
 
-def test_checkpointing_keeps_fewer_activations(tiny_folders: dict[str, Path], review_folder: Path) -> None:
+def test_checkpointing_keeps_fewer_activations(bert: Path, review_folder: Path) -> None:
     kept = [
-        measured(tiny_folders["bert"], review_folder, gradient_checkpointing=checkpointing)[0]["memory"]["activations"]
+        measured(bert, review_folder, gradient_checkpointing=checkpointing)[0]["memory"]["activations"]
         for checkpointing in (False, True)
     ]
     assert kept[1] < kept[0] / 2
 
 
 def test_the_command_writes_nothing_and_its_peak_is_the_runs(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+    distilbert: Path, review_folder: Path, tmp_path: Path
 ) -> None:
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run")
+    words = flags(distilbert, review_folder, tmp_path / "run")
     process = start([*words, "--estimate"])
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -112,17 +110,13 @@ def test_the_command_writes_nothing_and_its_peak_is_the_runs(
 
 
 def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
-    tiny_folders: dict[str, Path],
-    review_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    distilbert: Path, review_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
     monkeypatch.setattr("finetuning.steps.estimate.measure_steps", too_large)
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--estimate", "--batch_tokens", "4096")
+    words = flags(distilbert, review_folder, tmp_path / "run", "--estimate", "--batch_tokens", "4096")
     assert main(words) == 2
     *_, line = capsys.readouterr().err.splitlines()  # tokenizing comes first
     assert line.startswith("error: --estimate: the GPU has too little memory")
@@ -135,6 +129,6 @@ def test_the_seconds_of_a_run() -> None:
     assert run_seconds(seconds, 0) == 3 + 5, "without an epoch, a run only evaluates"
 
 
-def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_for_one_device(capsys: Capture) -> None:
     assert main(["--offline", "--estimate", "--devices", "2"]) == 2
     assert "--estimate True: needs --devices 1 and --num_nodes 1" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from finetuning.training.hardware import (
     prepare_process,
     resolve_hardware,
 )
-from tests.common import refusal_of
+from tests.common import Capture, Patch, refusal_of
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -38,7 +38,7 @@ def test_precision_that_is_asked_for_is_taken() -> None:
         assert (hardware.accelerator, hardware.dtype) == ("cpu", dtype)
 
 
-def test_a_model_that_fails_in_16_bits_gets_32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_in_16_bits_gets_32(monkeypatch: Patch) -> None:
     monkeypatch.setattr("finetuning.training.hardware._resolve_dtype", lambda precision, _: precision)
     for precision, half, dtype in (("auto", True, "auto"), ("auto", False, "fp32"), ("fp32", False, "fp32")):
         settings = RunConfig.from_settings(precision=precision, accelerator="cpu").hardware
@@ -65,7 +65,7 @@ def test_freed_memory_is_kept_where_the_c_library_can() -> None:
 H100, T4 = (9, 0), (7, 5)
 
 
-def fake_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+def fake_gpus(monkeypatch: Patch, *capabilities: tuple[int, int]) -> None:
     """Makes torch see GPUs of these compute capabilities; whatever takes memory on one of them fails."""
 
     def refused(*_: Any, **__: Any) -> None:
@@ -100,7 +100,7 @@ def test_precision_follows_from_the_runs_own_cards(
     settings: dict[str, Any],
     dtype: torch.dtype,
     devices: int | list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     fake_gpus(monkeypatch, *cards)
     hardware = resolve_hardware(RunConfig.from_settings(**settings).hardware)
@@ -112,7 +112,7 @@ def test_precision_follows_from_the_runs_own_cards(
     [((7, 0), False), (T4, True), ((8, 9), True), (H100, True), ((9, 5), False), ((10, 3), True), ((12, 0), True)],
 )
 def test_a_card_that_torch_was_not_built_for_is_left_alone(
-    card: tuple[int, int], built: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    card: tuple[int, int], built: bool, monkeypatch: Patch, capsys: Capture
 ) -> None:
     fake_gpus(monkeypatch, card)
     assert resolve_hardware(RunConfig.from_settings().hardware).on_gpu is built
@@ -133,12 +133,7 @@ def test_a_card_that_torch_was_not_built_for_is_left_alone(
     ],
 )
 def test_why_torch_sees_no_gpu_is_said_to_who_asks_for_one(
-    cuda: str | None,
-    hip: str | None,
-    visible: str | None,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cuda: str | None, hip: str | None, visible: str | None, words: str, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "has_driver", lambda: True)
@@ -153,7 +148,7 @@ def test_why_torch_sees_no_gpu_is_said_to_who_asks_for_one(
     assert capsys.readouterr().err == "", "it may be so on purpose"
 
 
-def test_too_few_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_cards_are_refused(monkeypatch: Patch) -> None:
     fake_gpus(monkeypatch, H100)
     settings = RunConfig.from_settings(devices=4).hardware
     assert refusal_of(resolve_hardware, settings).endswith("--devices 4: this machine has 1 GPU(s)")
@@ -163,7 +158,7 @@ def test_too_few_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_hardware(settings)
 
 
-def test_bf16_is_refused_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_refused_on_a_card_without_it(monkeypatch: Patch) -> None:
     fake_gpus(monkeypatch, H100, T4)
     for settings in ({"device": 1}, {"devices": 2}):
         with pytest.raises(UserError, match="--precision bf16: GPU 1, card 1, has no bf16; use --precision fp16"):
@@ -199,7 +194,7 @@ AUTO = (
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> None:
+def products(monkeypatch: Patch) -> None:
     """A processor with exact 8-bit products and compiled kernels."""
     monkeypatch.setattr(int8_products, "refused", lambda: None)
     monkeypatch.setattr(int8_products, "slow", lambda *_: None)
@@ -217,7 +212,7 @@ def test_int8_leaves_the_other_products_in_the_precision_of_auto() -> None:
     assert hardware.described.startswith("int8 products of frozen linears, else ")
 
 
-def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: Patch) -> None:
     monkeypatch.setattr(int8_products, "refused", lambda: "the processor has no AVX512-VNNI")
     with pytest.raises(UserError, match="--precision int8: the processor has no AVX512-VNNI; use --precision auto"):
         resolve_hardware(settings_of(precision="int8").hardware)
@@ -231,7 +226,7 @@ def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("products")
-def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_refused_on_a_gpu(monkeypatch: Patch) -> None:
     fake_gpus(monkeypatch, H100)
     with pytest.raises(UserError, match="--precision int8 needs a CPU: use bf16, or --accelerator cpu"):
         resolve_hardware(settings_of(precision="int8", accelerator="auto").hardware)
@@ -272,7 +267,7 @@ def test_fast_takes_int8_where_the_method_allows_it(settings: dict[str, Any], pr
     ids=["no kernels", "AMX", "TinyBERT", "no linear", "too wide"],
 )
 def test_fast_does_not_take_int8_where_it_saves_no_time(
-    kernels: object, instructions: set[str], widths: list[int], reason: str, monkeypatch: pytest.MonkeyPatch
+    kernels: object, instructions: set[str], widths: list[int], reason: str, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(int8_products, "refused", lambda: None)
     monkeypatch.setattr(int8_products, "library", lambda **_: (kernels, "no: no compiler"))
@@ -280,7 +275,7 @@ def test_fast_does_not_take_int8_where_it_saves_no_time(
     assert fastest_precision(resolve_hardware(settings_of(precision="fast").hardware), None, widths) == (AUTO, reason)
 
 
-def test_8_bits_need_the_kernels_for_what_else_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bits_need_the_kernels_for_what_else_is_computed(monkeypatch: Patch) -> None:
     """A compiler may know the processor's 8-bit instructions, and not those of bf16."""
     monkeypatch.setattr(int8_products, "instructions", set)
     states = {True: (object(), "compiled for fp32"), False: (None, "no: the compiler is too old")}
@@ -293,7 +288,7 @@ def test_8_bits_need_the_kernels_for_what_else_is_computed(monkeypatch: pytest.M
         assert kernels_used(None, None, found) == said  # type: ignore[arg-type]
 
 
-def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limited_processor_has_no_bf16(monkeypatch: Patch) -> None:
     monkeypatch.setenv(VARIABLE, "avx512_vnni")
     assert resolve_hardware(settings_of().hardware).dtype == torch.float32
 

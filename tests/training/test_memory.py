@@ -35,10 +35,10 @@ def built(
 
 
 def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_not_fit(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    distilbert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = "--batch_size 64 --batch_tokens 4096 --dropout 0.1 --method full"
-    classifier, loader, training = built(tiny_folders["distilbert"], 400, line)
+    classifier, loader, training = built(distilbert, 400, line)
     state = torch.get_rng_state()
     constant, growing, tokens = largest_batch(classifier, loader)
     assert torch.equal(torch.get_rng_state(), state)
@@ -69,26 +69,24 @@ def test_copies_of_trained_weights_are_counted_once(tmp_path: Path) -> None:
     assert constant + growing == pytest.approx(measured, rel=0.1)
 
 
-def test_kept_outputs_are_the_first_to_go(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier, loader, training = built(tiny_folders["bert"], 40, TRAINING_FLAGS)
+def test_kept_outputs_are_the_first_to_go(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, loader, training = built(bert, 40, TRAINING_FLAGS)
     outputs: Any = {"train": SimpleNamespace(bytes=3 * GIB, on_disk=False)}
     monkeypatch.setattr(memory, "free_memory", lambda: 2 * GIB)
     with pytest.raises(TrainingFailed, match=r"only 2\.0 GiB are free: --frozen_cache_gb 1\.9 would fit; --force"):
         check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
 
 
-def test_a_continued_run_is_told_what_it_may_change(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    classifier, loader, training = built(tiny_folders["bert"], 40, TRAINING_FLAGS)
+def test_a_continued_run_is_told_what_it_may_change(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, loader, training = built(bert, 40, TRAINING_FLAGS)
     monkeypatch.setattr(memory, "free_memory", lambda: 2**19)
     with pytest.raises(TrainingFailed, match=r"free: use --gradient_checkpointing True, or free some memory; --force"):
         check_memory(classifier, loader, training, torch.device("cpu"), {}, 64, 1, 1, resumed=True)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_measuring_a_batch_keeps_nothing_of_it(tiny_folders: dict[str, Path], method: str) -> None:
-    classifier, loader, _ = built(tiny_folders["bert"], 40, f"{TRAINING_FLAGS} --method {method}")
+def test_measuring_a_batch_keeps_nothing_of_it(bert: Path, method: str) -> None:
+    classifier, loader, _ = built(bert, 40, f"{TRAINING_FLAGS} --method {method}")
     assert kept_for_backward(classifier, loader.part_of_largest(4)[0]) > 0
     trained = [weakref.ref(p) for p in classifier.parameters() if p.requires_grad]  # the graph refers to them
     del classifier
@@ -96,8 +94,8 @@ def test_measuring_a_batch_keeps_nothing_of_it(tiny_folders: dict[str, Path], me
     assert not any(weight() is not None for weight in trained)
 
 
-def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier, loader, training = built(tiny_folders["bert"], 40, TRAINING_FLAGS)
+def test_on_a_gpu_the_weights_count(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, loader, training = built(bert, 40, TRAINING_FLAGS)
     asked: list[torch.device] = []
 
     def mem_get_info(device: torch.device) -> tuple[int, int]:

@@ -30,16 +30,16 @@ def module_of(folder: Path, kernels: str = "", **settings: Any) -> FineTuning:
     return FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=1, kernels=kernels)
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
-    module = module_of(tiny_folders["distilbert"], dropout=0.3)
+def test_dropout_acts_in_training_and_not_in_evaluation(distilbert: Path) -> None:
+    module = module_of(distilbert, dropout=0.3)
     ids, mask = torch.arange(1000, 1020)[None], torch.ones(1, 20, dtype=torch.long)
     assert not torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
     module.eval()
     assert torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
 
 
-def test_a_signal_is_heard_while_frozen_outputs_are_computed_again(tiny_folders: dict[str, Path]) -> None:
-    module, seen = module_of(tiny_folders["distilbert"], method="head"), list[int]()
+def test_a_signal_is_heard_while_frozen_outputs_are_computed_again(distilbert: Path) -> None:
+    module, seen = module_of(distilbert, method="head"), list[int]()
     stop = GracefulStop(Path(), Meter(Path()), 0, 0)
 
     def first_batches(count: int) -> Iterator[dict[str, Tensor]]:
@@ -66,9 +66,9 @@ def test_a_signal_is_heard_while_frozen_outputs_are_computed_again(tiny_folders:
     assert seen == [0, 1, 2]
 
 
-def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -> None:
+def test_an_evaluation_that_is_not_finite_fails(distilbert: Path) -> None:
     """A single text's loss counts: a mean that leaves it out would hide it."""
-    module = module_of(tiny_folders["distilbert"])
+    module = module_of(distilbert)
     logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
     module.classifier.logits = lambda *_: logits  # type: ignore[method-assign]
     module.validation_step({"labels": torch.tensor([1, 0]), "rows": torch.arange(2)})
@@ -76,10 +76,8 @@ def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -
         module.on_validation_epoch_end()
 
 
-def test_a_run_that_continues_with_other_kernels_says_so(
-    tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    before, after = (module_of(tiny_folders["distilbert"], kernels) for kernels in ("compiled", "no: why"))
+def test_a_run_that_continues_with_other_kernels_says_so(distilbert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = (module_of(distilbert, kernels) for kernels in ("compiled", "no: why"))
     checkpoint: dict[str, Any] = {"state_dict": {}, "global_step": 1}
     before.on_save_checkpoint(checkpoint)
     before.on_load_checkpoint(checkpoint)
@@ -116,10 +114,10 @@ class Compared(pl.Callback):
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2)])
 @pytest.mark.parametrize("efficient", [True, False])
 def test_validation_after_each_step_uses_the_weights_of_that_step(
-    precision: str, tolerance: float, efficient: bool, tiny_folders: dict[str, Path], tmp_path: Path
+    precision: str, tolerance: float, efficient: bool, bert: Path, tmp_path: Path
 ) -> None:
     config = RunConfig.from_settings(
-        model_name=str(tiny_folders["bert"]), max_length=32, batch_size=16, learning_rate=0.01, precision=precision,
+        model_name=str(bert), max_length=32, batch_size=16, learning_rate=0.01, precision=precision,
         efficient=efficient, lora_query=True, lora_key=True, lora_mlp=True,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from finetuning.config import RunConfig
 from finetuning.runs.files import TRACKED
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.training.trackers import OPEN, PROJECT, Trackers, final_values
+from tests.common import Capture, Patch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own code
 
@@ -61,7 +62,7 @@ def test_final_values_are_numbers_under_flat_names() -> None:
     assert final_values({"status": "failed"}) == {}
 
 
-def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     track("tensorboard", tmp_path)
     assert "warning" not in capsys.readouterr().err
@@ -110,7 +111,7 @@ def test_only_the_log_of_a_run_that_is_replaced_is_removed(tmp_path: Path) -> No
         assert log.exists() == (not replaced), "another program's, if no run was there"
 
 
-def test_a_tracker_that_is_away_once_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_away_once_keeps_its_run(tmp_path: Path, monkeypatch: Patch) -> None:
     def away(*_: Any) -> None:
         raise OSError("no route to host")
 
@@ -121,9 +122,7 @@ def test_a_tracker_that_is_away_once_keeps_its_run(tmp_path: Path, monkeypatch: 
     assert read_json(tmp_path / TRACKED) == {"wandb": "a", "mlflow": "b"}
 
 
-def test_mlflow_finds_what_was_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mlflow_finds_what_was_logged(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -145,9 +144,7 @@ def test_mlflow_finds_what_was_logged(
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"report.html", "result.json"}
 
 
-def test_wandb_keeps_what_was_logged_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wandb_keeps_what_was_logged_offline(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -29,7 +29,7 @@ from finetuning.tuning.plan import (
 )
 from finetuning.tuning.space import Facts, make_space
 from finetuning.tuning.trials import END, Place
-from tests.common import refusal_of
+from tests.common import Patch, refusal_of
 
 FACTS = Facts(6, 32, (256,), 6)
 
@@ -97,7 +97,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     assert "search.json cannot be read: it lacks given" in refusal_of(Plan.read, tmp_path / "new")
 
 
-def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkeypatch: Patch) -> None:
     started(tmp_path, minutes=10)
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 120)
@@ -109,9 +109,7 @@ def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkey
     assert Budget.read(tmp_path).left == pytest.approx(600, abs=5)
 
 
-def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(tmp_path: Path, monkeypatch: Patch) -> None:
     started(tmp_path, minutes=10, trials=5)
     for name in (FINAL, SUMMARY):
         (tmp_path / name).write_text(json.dumps({}))
@@ -154,7 +152,7 @@ def test_a_worker_that_comes_second_leaves_the_clock_alone(tmp_path: Path) -> No
     assert "budget.json cannot be read" in refusal_of(Budget.read, tmp_path)
 
 
-def test_a_database_is_the_same_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_is_the_same_from_another_directory(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     for given, stored in (
         ("sqlite:///a.db", f"sqlite:///{tmp_path}/a.db"), ("sqlite:////b.db", "sqlite:////b.db"),
@@ -178,7 +176,7 @@ def test_what_is_added_limits_the_search(tmp_path: Path) -> None:
     assert not (tmp_path / FINAL).exists(), "more seeds are trained"
 
 
-def test_a_search_goes_on_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_goes_on_from_another_directory(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "packaged").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,7 @@ from finetuning.tuning.plan import BUDGET, ENDING, FINAL, Budget, Plan
 from finetuning.tuning.sampler import Proposer
 from finetuning.tuning.search import MARGIN, Search
 from finetuning.tuning.trials import COMPLETE, Place
+from tests.common import Patch
 from tests.tuning.test_sampler import SPACE
 
 PLAN = Plan("s", {}, "tpe", True, None, SPACE)
@@ -36,9 +37,7 @@ def test_the_time_of_a_test_is_the_models_and_not_the_defaults(tmp_path: Path) -
     assert search._last_seconds([large], 1) == pytest.approx(MARGIN * (60 + 800)), "its validation took 8 times as long"
 
 
-def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(report, "LOOK_AGAIN_SECONDS", 0.02)
     final = {"trials": [0], "seeds": [1]}
     write_json(tmp_path / FINAL, final)
