@@ -5,12 +5,13 @@ import errno
 import functools
 import gc
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -51,6 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 # Most tests try these rows of the table. tests/test_every_family.py tries all of them.
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
+T = TypeVar("T")
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 
@@ -157,6 +159,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
+def some(value: T | None) -> T:
+    """The value, which must be there."""
+    assert value is not None
+    return value
+
+
 def each_once(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, Any]]:
     """Pairs of parameters that do not interact: each of the first, and each of the second, with the other's first."""
     ours, theirs = list(first), list(second)
@@ -192,6 +200,12 @@ def refusal_of(call: Callable[..., object], *arguments: Any, **settings: Any) ->
     assert "\n" not in message
     assert message
     return message
+
+
+def check_refusal(pattern: str, call: Callable[..., object], *arguments: Any, **settings: Any) -> None:
+    """The line with which a call is refused matches, as ``match`` of ``pytest.raises`` means it."""
+    message = refusal_of(call, *arguments, **settings)
+    assert re.search(pattern, message), message
 
 
 def refusal(line: str) -> str:

@@ -17,7 +17,7 @@ from finetuning.data.batches import evaluation_loader
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from local_model_utilities import build_classifier
-from tests.common import refusal_of
+from tests.common import check_refusal, refusal_of, some
 
 SPLITS = {"train": 60, "validation": 20, "test": 24}
 TOPICS = ("plot", "music", "actors")
@@ -169,8 +169,7 @@ def test_other_texts_are_noticed(measured: tuple[list[accuracy.Measurement], Pat
     "flag", ["--q_lora True", "--optimizer sgd", "--class_weights balanced", "--test False", "--patience 1"]
 )
 def test_the_peer_refuses_what_it_does_not_do(flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag.split()[0]} .*no such setting"):
-        peft_run.prepare(from_flags(["--offline", *flag.split()]))
+    check_refusal(f"{flag.split()[0]} .*no such setting", peft_run.prepare, from_flags(["--offline", *flag.split()]))
 
 
 # --- the table
@@ -247,8 +246,7 @@ def test_the_plan_is_five_sets_and_more_seeds_where_they_differ_more() -> None:
     for measurement in measurements[:2]:
         words = measurement.command(Path("data"), Path("run"), [])
         config = from_flags(words[1:] if measurement.contestant == "suite" else words[2:])
-        assert config.lora is not None
-        assert config.lora.targets == ("query", "key", "value", "projection", "mlp")
+        assert some(config.lora).targets == ("query", "key", "value", "projection", "mlp")
         assert config.training.learning_rate == 1e-3
 
 

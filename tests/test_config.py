@@ -21,7 +21,7 @@ from finetuning.settings import (
     parsed_layers,
 )
 from finetuning.storage import cache_dir
-from tests.common import config_of_flags, each_once, lora_of_flags, refusal, refusal_of
+from tests.common import check_refusal, config_of_flags, each_once, lora_of_flags, refusal, refusal_of, some
 
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]
@@ -271,8 +271,7 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
     assert (lora.init_adapter, lora.lora_dropout) == (Path("a"), 0.1)
     assert [lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.lora_variant, lora.lora_layers] == [None] * 5
     assert lora.targets == ()
-    again = RunConfig.from_dict(config_of_flags("--init_adapter a --lora_r 3 --lora_key True").to_dict()).lora
-    assert again is not None
+    again = some(RunConfig.from_dict(config_of_flags("--init_adapter a --lora_r 3 --lora_key True").to_dict()).lora)
     assert (again.lora_r, again.targets) == (3, ("key",))
 
 
@@ -496,8 +495,7 @@ def test_offline_refuses_a_tracker_that_connects(
     if not refused:
         run.check_trackers()
         return
-    with pytest.raises(UserError, match=r"--tracker \w+: connects, but --offline allows no connection: set \w+"):
-        run.check_trackers()
+    check_refusal(r"--tracker \w+: connects, but --offline allows no connection: set \w+", run.check_trackers)
 
 
 def test_a_config_cannot_be_changed() -> None:

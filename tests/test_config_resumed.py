@@ -9,7 +9,7 @@ from finetuning.config import MAY_CHANGE, RunConfig, resumed_config
 from finetuning.errors import UserError
 from finetuning.flags import given_flags
 from finetuning.settings import FLAGS, PACKAGED_BERT, PACKAGED_DISTILBERT
-from tests.common import config_of_flags, refusal_of
+from tests.common import config_of_flags, refusal_of, some
 
 STORED = "--lora_r 4 --output_dir d --optimizer adam --data_dir old --epochs 2 --batch_size 16 --patience 3"
 
@@ -82,9 +82,7 @@ def test_a_flag_that_contradicts_the_run_is_refused_with_both_values(stored: str
 
 
 def test_an_adapter_may_lie_elsewhere() -> None:
-    lora = resumed("--init_adapter a --output_dir d", "--init_adapter b").lora
-    assert lora is not None
-    assert lora.init_adapter == Path("b")
+    assert some(resumed("--init_adapter a --output_dir d", "--init_adapter b").lora).init_adapter == Path("b")
 
 
 def test_more_epochs_at_a_level_rate() -> None:

@@ -13,7 +13,7 @@ import pytest
 from finetuning.flags import OneLineParser, flag_words, from_flags, given_flags, make_parser, parse_bool
 from finetuning.runs.directory import settings_to_run
 from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
-from tests.common import ROOT, config_of_flags, lora_of_flags, refusal, refusal_of
+from tests.common import ROOT, config_of_flags, lora_of_flags, refusal, refusal_of, some
 
 # --- parsing
 
@@ -92,13 +92,11 @@ def test_flags_have_their_names_and_types() -> None:
 
 def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
     entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
-    config = settings_to_run(given_flags(["--epochs", "1"], "", entry), entry)
-    assert config is not None
+    config = some(settings_to_run(given_flags(["--epochs", "1"], "", entry), entry))
     assert (config.data.dataset, config.training.epochs, config.method.method, config.training.monitor) == (
         "financial_phrasebank", 1, "full", "macro_f1",
     )  # fmt: skip
-    shown = next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings)
-    assert shown is not None
+    shown = some(next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings))
     assert shown.endswith("(default: 4)")
 
 

@@ -10,8 +10,7 @@ import pytest
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.data import imdb
-from finetuning.errors import UserError
-from tests.common import refusal_of, texts_of
+from tests.common import check_refusal, refusal_of, texts_of
 from tests.hub_cache import file_server
 
 
@@ -28,8 +27,7 @@ def test_unreachable_hosts_are_reported_in_time(monkeypatch: pytest.MonkeyPatch,
         (RunConfig.from_settings(dataset="financial_phrasebank"), financial),
     )
     for config, line in cases:
-        with pytest.raises(UserError, match=line):
-            texts_of(config)
+        check_refusal(line, texts_of, config)
     assert time.monotonic() - began < 10
 
 

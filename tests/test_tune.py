@@ -27,7 +27,7 @@ from finetuning.tuning.facts import read_facts, useful_lengths
 from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin
 from finetuning.tuning.report import finish, gain_text, summary_lines
 from finetuning.tuning.space import Facts, make_space
-from tests.common import Capture, Patch, write_splits
+from tests.common import Capture, Patch, some, write_splits
 from tests.scripts import SharedServer, start_with_server
 from tests.tiny_models import POSITIONS
 
@@ -182,8 +182,7 @@ def a_failure_loses(folder: Path) -> bool:
     write_json(folder / "final.json", final | {"trials": [0]})
     assert finish(folder, Plan.read(folder), final) is None, "another worker has decided otherwise"
     write_json(folder / "final.json", final)
-    summary = finish(folder, Plan.read(folder), final)
-    assert summary is not None
+    summary = some(finish(folder, Plan.read(folder), final))
     compared = sum(len(trial["history"]) for trial in trials_of(folder)) + 3 * 2  # three last runs of two epochs
     assert read_result(folder / "best")["checkpoints_compared"] == compared
     said = "\n".join(summary_lines(folder, summary))
@@ -206,8 +205,7 @@ def the_defaults_first_run_wins_a_short_search(folder: Path) -> bool:
     (folder / "tune.json").unlink()
     final = {"trials": [1], "seeds": [1]}
     write_json(folder / "final.json", final)
-    summary = finish(folder, Plan.read(folder), final)
-    assert summary is not None
+    summary = some(finish(folder, Plan.read(folder), final))
     assert summary["winner"]["runs"] == ["trials/000"]
     assert predict.main([str(folder / "best"), "--text", "a joy"]) == 0
     for compared in (summary["default"], summary["winner"]):

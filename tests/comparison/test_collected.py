@@ -6,7 +6,7 @@ import pytest
 from finetuning.comparison.collected import Row, Study, read_study, study_names
 from finetuning.comparison.packed import Record, change_records
 from finetuning.errors import UserError
-from tests.common import refusal_of
+from tests.common import check_refusal, refusal_of, some
 from tests.synthetic_runs import outcomes, write_run
 
 OTHER = "another commit, processor, number of threads or torch version"
@@ -67,12 +67,10 @@ def test_seeds_of_a_row_differ_in_nothing_else(tmp_path: Path) -> None:
 def test_predictions_are_checked_against_the_result(tmp_path: Path) -> None:
     correct = outcomes(0.8, 60, 1)
     record = write_run(tmp_path, "s", "lora", correct=correct, first_row=100)
-    found = read_study("s", tmp_path).runs[0].predictions
-    assert found is not None
+    found = some(read_study("s", tmp_path).runs[0].predictions)
     assert np.array_equal(found.rows, np.arange(100, 160))
     assert np.array_equal(found.correct, correct)
-    columns = record.predictions
-    assert columns is not None
+    columns = some(record.predictions)
     for other, said in (
         (
             {"predicted": [1 - label for label in columns["predicted"]]},
@@ -140,8 +138,7 @@ def test_seeds_of_a_row_have_the_same_texts(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", seed=3, texts_sha256="x")
     for seed, weights in ((1, "x"), (2, "x"), (3, "y")):
         write_run(tmp_path, "s", "lora", seed=seed, base_model={"sha256": {"model.safetensors": weights}})
-    with pytest.raises(UserError, match="seed1 and lora-final-seed3 are both row lora but of other base models"):
-        read_study("s", tmp_path)
+    check_refusal("seed1 and lora-final-seed3 are both row lora but of other base models", read_study, "s", tmp_path)
 
 
 def test_a_continued_run_was_watched_in_part(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from finetuning.comparison.page import Plot
 from finetuning.comparison.pairs import method_of
 from finetuning.comparison.report import Report, build_report, part_done
 from studies.pages import README_PLOT, default_rates_table
-from tests.common import Capture, Patch, contents
+from tests.common import Capture, Patch, contents, some
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
@@ -61,8 +61,7 @@ def test_the_committed_report_is_that_of_the_committed_runs(committed: Report) -
     """Plots depend on the version of matplotlib, and most are not committed: they are not compared."""
     for path, content in committed.texts.items():
         assert path.read_bytes() == content.encode(), "run: make tables"
-    plot = committed.plots[RESULTS / README_PLOT]
-    assert plot is not None
+    plot = some(committed.plots[RESULTS / README_PLOT])
     assert (RESULTS / README_PLOT).is_file()
     assert plot.png.startswith(b"\x89PNG")
 

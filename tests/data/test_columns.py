@@ -10,7 +10,7 @@ from finetuning.data.columns import Kind, find_label_column, find_text_column, t
 from finetuning.data.tables import checked
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
-from tests.common import text_config, texts_of, write_texts
+from tests.common import check_refusal, text_config, texts_of, write_texts
 
 TABLE = pd.DataFrame(
     {
@@ -98,8 +98,7 @@ def test_columns_are_found_where_there_is_only_one_answer(
 )
 def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, line: str) -> None:
     write_texts(tmp_path, content)
-    with pytest.raises(UserError, match=f"^{line}"):
-        texts_of(text_config(tmp_path, text_pair_column=column))
+    check_refusal(f"^{line}", texts_of, text_config(tmp_path, text_pair_column=column))
 
 
 @pytest.mark.parametrize(
@@ -111,5 +110,4 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, li
 )
 def test_groups_that_cannot_be_read(tmp_path: Path, content: str, line: str) -> None:
     write_texts(tmp_path, content)
-    with pytest.raises(UserError, match=f"^{line}"):
-        texts_of(text_config(tmp_path, group_column="by"))
+    check_refusal(f"^{line}", texts_of, text_config(tmp_path, group_column="by"))

@@ -18,7 +18,7 @@ from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.runs.files import read_result
-from tests.common import ROOT, Capture, Patch, frame, refusal_of, texts_of
+from tests.common import ROOT, Capture, Patch, frame, refusal_of, some, texts_of
 from tests.hub_cache import COMMIT, card, hub_server, parquet, write_hub_cache
 
 SPLITS = {"train": 40, "validation": 12, "test": 10}
@@ -168,9 +168,7 @@ def test_pairs_of_texts(cache: Path) -> None:
     assert "premise or hypothesis can be the texts" in refusal("me/pairs")
     texts = texts_of(config_of("me/pairs", text_pair_column="hypothesis"))
     assert texts.columns == {"text_column": "premise", "label_column": "label"}
-    pairs = texts.splits["train"].pairs
-    assert pairs is not None
-    assert pairs[0].startswith("claim ")
+    assert some(texts.splits["train"].pairs)[0].startswith("claim ")
 
 
 def test_groups_of_texts(cache: Path) -> None:

@@ -17,7 +17,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.data import imdb
 from finetuning.errors import UserError
-from tests.common import Capture, Patch, frame, full_disk, refusal_of, texts_of
+from tests.common import Capture, Patch, check_refusal, frame, full_disk, refusal_of, texts_of
 from tests.hub_cache import file_server
 
 # --- packaged reviews
@@ -165,13 +165,11 @@ def test_a_cache_that_cannot_hold_the_stanford_files(cache: Path, tmp_path: Path
     for place, name in ((tarfile.TarFile, "extractall"), (pd.DataFrame, "to_parquet"), (Path, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full_disk)
-            with pytest.raises(UserError, match=rf"^IMDb cannot be stored in {cache} \(No space left.*\): {advice}"):
-                texts_of(STANFORD)
+            check_refusal(rf"^IMDb cannot be stored in {cache} \(No space left.*\): {advice}", texts_of, STANFORD)
         assert list(cache.iterdir()) == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=rf"^IMDb cannot be stored in .*file/cache \(Not a directory\): {advice}"):
-        texts_of(STANFORD)
+    check_refusal(rf"^IMDb cannot be stored in .*file/cache \(Not a directory\): {advice}", texts_of, STANFORD)
 
 
 def test_stanford_archive_damaged(stanford: Path, cache: Path) -> None:

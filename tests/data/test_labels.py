@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetuning.data.texts import TextData
-from finetuning.errors import UserError
-from tests.common import text_config, texts_of, write_texts
+from tests.common import check_refusal, text_config, texts_of, write_texts
 
 
 def write(folder: Path, labels: list[Any], *splits: str) -> None:
@@ -127,8 +126,7 @@ def test_labels_that_are_probably_no_classes(tmp_path: Path, labels: list[str], 
 
 def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
     write(tmp_path, ["joy", "fear", "joy;fear", "fear;anger", "anger"] * 3 + ["joy;anger"], "train")
-    with pytest.raises(UserError, match=r"has 1 text: must be .* look like lists: if they are, give --label_separator"):
-        read(tmp_path)
+    check_refusal(r"has 1 text: must be .* look like lists: if they are, give --label_separator", read, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -165,25 +163,21 @@ def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
 )
 def test_labels_that_cannot_be_read(tmp_path: Path, labels: list[Any], separator: str | None, line: str) -> None:
     write(tmp_path, labels, "train")
-    with pytest.raises(UserError, match=f"^{line}"):
-        read(tmp_path, label_separator=separator)
+    check_refusal(f"^{line}", read, tmp_path, label_separator=separator)
 
 
 def test_lists_in_lists_are_refused_in_parquet_as_well(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(2)]
     pq.write_table(pa.table({"text": texts, "label": [[[1], [1, 2]], [[2], [3]]]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=r"^--label_column label: the labels in the lists must be all whole numbers"):
-        read(tmp_path)
+    check_refusal(r"^--label_column label: the labels in the lists must be all whole numbers", read, tmp_path)
 
 
 def test_a_number_that_has_no_name(tmp_path: Path) -> None:
     write_parquet(tmp_path, {"feature": {"names": ["no", "yes"]}, "_type": "List"}, [[0], [2]], "train")
-    with pytest.raises(UserError, match=r"^--label_column label: label 2 is not one of no, yes"):
-        read(tmp_path)
+    check_refusal(r"^--label_column label: label 2 is not one of no, yes", read, tmp_path)
 
 
 def test_texts_without_a_label_next_to_lists_are_not_to_be_removed(tmp_path: Path) -> None:
     rows = [*["joy;fear", "joy", "fear;anger", "anger"] * 8, ""]
     config = write_texts(tmp_path, "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(rows)))
-    with pytest.raises(UserError, match=r"no label in row 32 .*: labels such as .* give --label_separator ';'$"):
-        texts_of(config)
+    check_refusal(r"no label in row 32 .*: labels such as .* give --label_separator ';'$", texts_of, config)

@@ -11,7 +11,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from local_dataset_utilities import prefetch_texts
-from tests.common import texts_of
+from tests.common import check_refusal, texts_of
 
 PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@positive" for i in range(20)]
 PHRASES += [f"Sales {i} were flat .@neutral" for i in range(20)] + [f"Loss {i} .@negative" for i in range(20)]
@@ -52,8 +52,7 @@ def test_phrasebank(tmp_path: Path, name: str, encoding: str) -> None:
 def test_phrasebank_line_without_label(tmp_path: Path) -> None:
     (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
     config = RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all")
-    with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
-        texts_of(config)
+    check_refusal(r"row 1 .*sentence@label", texts_of, config)
     with pytest.raises(UserError, match="--text_column headline: these texts are in no table"):
         texts_of(config.changed(text_column="headline"))
 

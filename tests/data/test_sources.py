@@ -13,7 +13,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from tests.common import frame, refusal_of, text_config, texts_of, write_texts
+from tests.common import check_refusal, frame, refusal_of, text_config, texts_of, write_texts
 from tests.data.test_files import write
 
 # --- formats
@@ -102,8 +102,7 @@ def test_only_a_needed_column_must_be_there_once(tmp_path: Path, twice: str) -> 
     if twice == "other":
         assert len(texts_of(text_config(tmp_path)).label_names) == 2
         return
-    with pytest.raises(UserError, match=f"train.parquet: two of its columns are named {twice}: rename one"):
-        texts_of(text_config(tmp_path))
+    check_refusal(f"train.parquet: two of its columns are named {twice}: rename one", texts_of, text_config(tmp_path))
 
 
 def test_other_columns(tmp_path: Path) -> None:
@@ -178,8 +177,7 @@ def test_files_that_are_no_split_are_named(tmp_path: Path) -> None:
 )
 def test_columns_that_are_no_text(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
     frame(30).assign(title="A title", year=1999, raw=b"bytes").to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=f"^{line}"):
-        texts_of(text_config(tmp_path, **settings))
+    check_refusal(f"^{line}", texts_of, text_config(tmp_path, **settings))
 
 
 def test_several_text_columns(tmp_path: Path) -> None:
@@ -277,16 +275,14 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(pd, "read_csv", refuse)
-    with pytest.raises(UserError, match=r"cannot be read \(.*Permission denied"):
-        texts_of(write_texts(tmp_path, rows_of()))
+    check_refusal(r"cannot be read \(.*Permission denied", texts_of, write_texts(tmp_path, rows_of()))
 
 
 def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
     for dataset in ("imdb", "text", "financial_phrasebank"):
         with pytest.raises(UserError, match="no such file or folder"):
             texts_of(RunConfig.from_settings(dataset=dataset, data_dir=tmp_path / "nowhere"))
-        with pytest.raises(UserError, match=f"--data_dir {tmp_path}"):
-            texts_of(RunConfig.from_settings(dataset=dataset, data_dir=tmp_path))
+        check_refusal(f"--data_dir {tmp_path}", texts_of, RunConfig.from_settings(dataset=dataset, data_dir=tmp_path))
         with pytest.raises(UserError, match="--data_dir /dev/null: is a pipe or a device: save it as a file first"):
             texts_of(RunConfig.from_settings(dataset=dataset, data_dir=Path("/dev/null")))
 

@@ -20,7 +20,7 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
 from local_dataset_utilities import tokenize
-from tests.common import ROOT, Capture, Patch, packaged_folder, refusal_of
+from tests.common import ROOT, Capture, Patch, packaged_folder, refusal_of, some
 from tests.scripts import start_script
 
 
@@ -175,8 +175,7 @@ def test_pairs_are_those_of_the_tokenizer(tokenizer: Any, kind: str, max_length:
     if kind == "roberta":
         assert second_positions is None
     else:
-        assert second_positions is not None
-        positions = zip(np.diff(offsets), second_positions, strict=True)
+        positions = zip(np.diff(offsets), some(second_positions), strict=True)
         ours = [(np.arange(n) >= s).astype(int).tolist() for n, s in positions]
         assert ours == expected["token_type_ids"]
 
@@ -185,8 +184,7 @@ def test_a_cut_pair_keeps_start_and_end_of_both_texts(tokenizer: Any) -> None:
     tokens, offsets, second_positions, _ = encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=23))
     a, b = (tokenizer(texts[6], add_special_tokens=False)["input_ids"] for texts in (TEXTS, PAIRS))  # 40 tokens each
     assert sequences(tokens, offsets)[6] == [101, *a[:2], *a[-8:], 102, *b[:2], *b[-8:], 102]
-    assert second_positions is not None
-    assert second_positions[6] == 12
+    assert some(second_positions)[6] == 12
 
 
 def test_a_pair_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
@@ -259,8 +257,7 @@ def test_windows_of_a_longer_text_keep_its_start_and_its_end(tokenizer: Any) -> 
     tokens, _, _, windows = encode_texts([text], tokenizer, data)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     kept = ids[:4] + ids[-12:]
-    assert windows is not None
-    assert windows.tolist() == [2]
+    assert some(windows).tolist() == [2]
     assert tokens.tolist() == [101, *kept[:8], 102, 101, *kept[8:], 102]
 
 
@@ -270,8 +267,7 @@ def test_windows_of_a_pair_have_the_shorter_text_whole(tokenizer: Any, swapped: 
     texts, pairs = (PAIRS, TEXTS) if swapped else (TEXTS, PAIRS)
     tokens, offsets, begins, windows = encode_pairs(texts, pairs, tokenizer, data)
     assert begins is not None
-    assert windows is not None
-    assert windows.tolist() == [1, 1, 3, 3, 1, 1, 3, 3, 3, 3]
+    assert some(windows).tolist() == [1, 1, 3, 3, 1, 1, 3, 3, 3, 3]
     a, b = (tokenizer(column[8], add_special_tokens=False)["input_ids"] for column in (texts, pairs))  # 7 and 41 tokens
     for i, window in enumerate(np.split(tokens, offsets[1:-1])[8].reshape(3, -1).tolist()):
         second = window[begins[8] :]
@@ -294,9 +290,7 @@ def test_an_overlap_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
 def test_the_cache_keeps_windows(tokenizer: Any) -> None:
     data = DataSettings(max_length=20, windows=3, window_overlap=2)
     first, again = (cached_tokens(TEXTS, tokenizer, data, "windows") for _ in range(2))
-    assert first.windows is not None
-    assert again.windows is not None
-    np.testing.assert_array_equal(first.windows, again.windows)
+    np.testing.assert_array_equal(some(first.windows), some(again.windows))
     assert cached_tokens(TEXTS, tokenizer, DataSettings(max_length=20), "one window").windows is None
 
 

@@ -17,7 +17,7 @@ from finetuning.models.discovery import SEES_PADDING, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
 from local_model_utilities import adopt_adapter, find_base_model
-from tests.common import refusal_of
+from tests.common import refusal_of, some
 from tests.small_classifiers import build, save
 from tests.tiny_models import LAYERS, WIDTH, tiny_model, unlisted_model
 
@@ -232,8 +232,7 @@ def test_layers_that_are_not_in_one_list(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save(adapter, classifier, config)
-    assert config.lora is not None
-    decided, _ = adopt_adapter(replace(config.lora, init_adapter=adapter), find_base_model(config), moved=False)
+    decided, _ = adopt_adapter(replace(some(config.lora), init_adapter=adapter), find_base_model(config), moved=False)
     assert decided["lora_layers"] is None
     build(tmp_path, method="selective", trainable_layers=0)
 

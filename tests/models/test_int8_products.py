@@ -15,7 +15,7 @@ from finetuning.models import compiled, int8_products
 from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
 from finetuning.processor import VARIABLE, instructions
-from tests.common import ROOT, Patch, needs_int8, one_thread
+from tests.common import ROOT, Patch, needs_int8, one_thread, some
 from tests.models.conftest import only, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -118,8 +118,7 @@ def test_sums_become_rows_with_bias_and_lora(
         assert h is None
     else:
         exact = torch.ops.aten.gelu_backward(exact, x.double())
-        assert h is not None
-        assert relative_error(h, F.gelu(x.double())) < ROUNDING[dtype]
+        assert relative_error(some(h), F.gelu(x.double())) < ROUNDING[dtype]
     assert relative_error(out, exact) < ROUNDING[dtype]
 
 

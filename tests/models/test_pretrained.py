@@ -21,7 +21,7 @@ from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import MINILM_FORMS, PACKAGED_DISTILBERT
 from local_model_utilities import find_base_model
-from tests.common import CORE, LAYERS, Capture, Patch, packaged_folder, refusal_of
+from tests.common import CORE, LAYERS, Capture, Patch, check_refusal, packaged_folder, refusal_of
 from tests.tiny_models import save_tokenizer, tiny_model
 
 NAMES = ["bad", "good"]
@@ -133,8 +133,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: Patch, error: Exception, 
 
     monkeypatch.setattr("finetuning.hub.snapshot_download", download)
     monkeypatch.setattr("finetuning.hub.require_hub", lambda *_: None)
-    with pytest.raises(UserError, match=words):
-        find_base_model(RunConfig.from_settings(model_name="somebody/something"))
+    check_refusal(words, find_base_model, RunConfig.from_settings(model_name="somebody/something"))
 
 
 def test_a_model_of_the_hub_with_old_weights_alone(bert: Path, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -195,8 +194,7 @@ def test_a_tokenizer_without_padding_takes_the_one_that_the_config_names(tmp_pat
 
 def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     def refused(folder: Path, words: str, **settings: object) -> None:
-        with pytest.raises(UserError, match=words):
-            load(folder, **settings)
+        check_refusal(words, load, folder, **settings)
 
     refused(tiny_folders["distilbert"], "--lora_r 33", lora_r=33)
     refused(tiny_folders["distilbert"], "--trainable_layers 4", method="selective", trainable_layers=4)
@@ -240,8 +238,7 @@ def test_a_part_of_the_files_is_not_taken_for_the_model(in_parts: Path, tmp_path
     config = RunConfig.from_settings(model_name="me/big", max_length=32)
     assert find_base_model(config).folder.name == commit
     next((repository / "snapshots" / commit).glob("*.safetensors")).unlink()
-    with pytest.raises(UserError, match=r"^--model_name me/big is only partly on this machine, and https://"):
-        find_base_model(config)
+    check_refusal(r"^--model_name me/big is only partly on this machine, and https://", find_base_model, config)
     with pytest.raises(UserError, match=r"^--model_name me/big is only partly in the hub's cache, and --offline"):
         find_base_model(config.changed(offline=True))
 

@@ -7,6 +7,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.prediction.trained import read_trained
 from finetuning.runs.answers import MOST_PROBABLE, Rule
+from tests.common import check_refusal
 
 CONFIG = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}, "max_position_embeddings": 64}
 
@@ -90,11 +91,9 @@ def test_folders_that_are_refused(tmp_path: Path, config: Any, message: str) -> 
 
 def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is an adapter alone, for PEFT: give the run, or export it without --adapter"):
-        read_trained(tmp_path)
+    check_refusal("is an adapter alone, for PEFT: give the run, or export it without --adapter", read_trained, tmp_path)
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     (folder(tmp_path, CONFIG) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"has no \.safetensors: .* pickles are never loaded"):
-        read_trained(tmp_path)
+    check_refusal(r"has no \.safetensors: .* pickles are never loaded", read_trained, tmp_path)

@@ -6,6 +6,7 @@ from scipy.stats import beta
 
 from finetuning.runs.abstention import Abstention, checkpoints_compared, least_confidence, smallest_risk
 from finetuning.runs.answers import Answers
+from tests.common import some
 
 
 def answers(confidence: np.ndarray, right: np.ndarray) -> Answers:
@@ -21,16 +22,14 @@ def drawn(generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarra
 
 def test_the_bound_of_clopper_and_pearson_is_at_most_the_risk() -> None:
     found = answers(*drawn(np.random.default_rng(0), 1_000))
-    chosen = least_confidence(found, 0.05)
-    assert chosen is not None
+    chosen = some(least_confidence(found, 0.05))
     answered = found.confidence >= chosen.least
     assert (int(answered.sum()), int((answered & ~found.right).sum())) == (chosen.answered, chosen.wrong)
     left_out = found.confidence[~answered].max()
     assert chosen.least - left_out == pytest.approx(chosen.last - chosen.least), "no text is on the edge"
     assert 200 < chosen.answered < chosen.texts == 1_000
     assert beta.ppf(1 - 0.05 / 2, chosen.wrong + 1, chosen.answered - chosen.wrong) <= 0.05
-    fewer = least_confidence(found, 0.05, candidates=20)
-    assert fewer is not None
+    fewer = some(least_confidence(found, 0.05, candidates=20))
     assert fewer.answered < chosen.answered, "the best of 20 classifiers must show more"
 
 
@@ -40,8 +39,7 @@ def test_the_shown_threshold_can_be_given_and_answers_the_same_texts() -> None:
     closer = 0.9 - np.arange(400) * 1e-9
     for confidence, right in ((np.linspace(0.9, 0.99, 400), 400), (sure, 380), (close, 380), (closer, 380)):
         found, risk = answers(confidence, np.arange(400) < right), 0.05 if right == 400 else 0.02
-        chosen = least_confidence(found, risk)
-        assert chosen is not None
+        chosen = some(least_confidence(found, risk))
         assert 0 < float(chosen.shown) < 1
         assert int((found.confidence >= float(chosen.shown)).sum()) == chosen.answered
 
@@ -66,16 +64,14 @@ def test_the_statement_holds_in_most_draws() -> None:
 def test_one_wrong_label_at_the_top_does_not_end_the_search() -> None:
     confidence, right = np.linspace(0.99, 0.6, 1_000), np.ones(1_000, dtype=bool)
     right[0] = False
-    chosen = least_confidence(answers(confidence, right), 0.02)
-    assert chosen is not None
+    chosen = some(least_confidence(answers(confidence, right), 0.02))
     assert (chosen.answered, chosen.wrong, chosen.least) == (1_000, 1, 0.0)
 
 
 def test_equal_confidences_are_answered_together() -> None:
     confidence = np.repeat([0.9, 0.7], [300, 100])
     right = np.arange(400) < 310
-    chosen = least_confidence(answers(confidence, right), 0.02)
-    assert chosen is not None
+    chosen = some(least_confidence(answers(confidence, right), 0.02))
     assert chosen.answered == 300
     assert 0.7 < chosen.least <= 0.9
 

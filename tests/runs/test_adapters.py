@@ -25,7 +25,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
 from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
-from tests.common import CORE, LAYERS, WIDTH, each_once, refusal_of
+from tests.common import CORE, LAYERS, WIDTH, each_once, refusal_of, some
 from tests.runs.test_weights import ALL_BUT_HEAD, build, logits, logits_in_peft, trained
 from tests.small_classifiers import NAMES, fill, logits_of, save
 
@@ -79,8 +79,7 @@ def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunC
     torch.manual_seed(9)
     config = RunConfig.from_settings(model_name=str(base), max_length=32, init_adapter=folder, **settings)
     found = find_base_model(config)
-    assert config.lora is not None
-    decided, adapter = adopt_adapter(config.lora, found, moved=False)
+    decided, adapter = adopt_adapter(some(config.lora), found, moved=False)
     config = config.changed(**decided)
     return build_from_adapter(config, found, NAMES, torch.float32, adapter).eval(), config
 

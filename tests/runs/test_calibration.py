@@ -5,15 +5,14 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import fit_temperature, reliability
-from tests.common import random_answers
+from tests.common import random_answers, some
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
 def test_the_temperature_undoes_what_was_done_to_the_logits(multi_label: bool, temperature: float) -> None:
     answers = random_answers(8_000, 3, 0, multi_label).cooled(1 / temperature)
-    found = fit_temperature(answers)
-    assert found is not None
+    found = some(fit_temperature(answers))
     assert found == pytest.approx(temperature, rel=0.06)
     best = answers.cooled(found).losses.mean()
     assert all(best < answers.cooled(found * factor).losses.mean() for factor in (0.97, 1.03))
@@ -40,9 +39,7 @@ def test_the_error_is_that_of_torchmetrics() -> None:
 
 def test_the_temperature_brings_the_error_down() -> None:
     validation, test = random_answers(4_000, 3, 2).cooled(0.4), random_answers(4_000, 3, 3).cooled(0.4)
-    temperature = fit_temperature(validation)
-    assert temperature is not None
-    before, after = reliability(test), reliability(test.cooled(temperature))
+    before, after = reliability(test), reliability(test.cooled(some(fit_temperature(validation))))
     assert before.interval[0] > 0.1
     assert after.error < 0.03
     assert after.interval[0] < 0.01 < after.interval[1] + 0.02

@@ -32,7 +32,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
-from tests.common import Capture, Patch, contents, refusal_of
+from tests.common import Capture, Patch, check_refusal, contents, refusal_of, some
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {
@@ -209,8 +209,7 @@ def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
     last.mkdir()
     (last / "mine").touch()
     before = {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: .*not empty: {last}"):
-        claimed(tmp_path, resumed)
+    check_refusal(f"--output_dir {tmp_path}: .*not empty: {last}", claimed, tmp_path, resumed)
     assert {path.name for path in tmp_path.iterdir()} == before
     (last / "mine").unlink()
     capsys.readouterr()
@@ -231,12 +230,10 @@ def _refuse(*_: object) -> None:
 
 def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     given = {"output_dir": tmp_path, "resume": "auto", "epochs": 3}
-    fresh = settings_to_run(given, {"seed": 5})
-    assert fresh is not None
+    fresh = some(settings_to_run(given, {"seed": 5}))
     assert (fresh.run.resume, fresh.run.overwrite, fresh.training.seed) == (False, False, 5)
     begin(tmp_path, fresh.to_dict())
-    continued = settings_to_run(given, {"seed": 6})
-    assert continued is not None
+    continued = some(settings_to_run(given, {"seed": 6}))
     assert (continued.run.resume, continued.training.seed) == (True, 5)
     write_result(tmp_path, {"status": "finished"})
     (tmp_path / BEST_CHECKPOINT).touch()  # killed between its last two steps
@@ -260,14 +257,12 @@ def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(tmp_pa
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     begin(tmp_path, wanted(tmp_path, seed=0).to_dict())
     write_result(tmp_path, {"status": "finished"})
-    replaces = settings_to_run(flags, {})  # the job was stopped before it had replaced this run
-    assert replaces is not None
+    replaces = some(settings_to_run(flags, {}))  # the job was stopped before it had replaced this run
     assert (replaces.run.resume, replaces.run.overwrite, replaces.training.seed) == (False, True, 5)
 
     with claimed(tmp_path, replaces, job="12")[0]:
         write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
-    continues = settings_to_run(flags, {})
-    assert continues is not None
+    continues = some(settings_to_run(flags, {}))
     assert (continues.run.resume, continues.run.overwrite) == (True, False)
     write_result(tmp_path, {"status": "finished"})
     assert settings_to_run(flags, {}) is None
@@ -334,15 +329,13 @@ def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path:
     lock, _ = claimed(tmp_path, first)
     if with_checkpoint:
         write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
-    second = settings_to_run({"output_dir": tmp_path, "resume": "auto"}, {})
-    assert second is not None
+    second = some(settings_to_run({"output_dir": tmp_path, "resume": "auto"}, {}))
     with lock:
         for name in (ADAPTER, LAST_CHECKPOINT):
             (tmp_path / name).write_bytes(b"weights")
         write_result(tmp_path, {"status": "finished"})
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: .* has finished: nothing to do"):
-        claimed(tmp_path, second)
+    check_refusal(f"--output_dir {tmp_path}: .* has finished: nothing to do", claimed, tmp_path, second)
     assert contents(tmp_path) == before
 
 
@@ -352,8 +345,7 @@ def test_a_run_that_continues_has_no_result_until_it_ends(tmp_path: Path) -> Non
     with lock:
         write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
         write_result(tmp_path, {"status": "failed", "error": "no space left"})
-    config = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
-    assert config is not None
+    config = some(settings_to_run({"output_dir": tmp_path, "resume": True}, {}))
     with claimed(tmp_path, config)[0]:
         assert read_status(tmp_path) is None
         assert not (tmp_path / RESULT).exists()
@@ -361,8 +353,7 @@ def test_a_run_that_continues_has_no_result_until_it_ends(tmp_path: Path) -> Non
 
 def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> None:
     lock, _ = claimed(tmp_path, wanted(tmp_path))
-    second = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
-    assert second is not None
+    second = some(settings_to_run({"output_dir": tmp_path, "resume": True}, {}))
     with lock:  # at first there was no checkpoint
         write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
         write_result(tmp_path, {"status": "interrupted"})
@@ -371,8 +362,7 @@ def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> 
         assert (read_settings(tmp_path)["resume"], checkpoint) == (True, tmp_path / LAST_CHECKPOINT)
     with claimed(tmp_path, wanted(tmp_path, overwrite=True, seed=7))[0]:
         before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"--seed 0: the run in .* has --seed 7"):
-        claimed(tmp_path, second)
+    check_refusal(r"--seed 0: the run in .* has --seed 7", claimed, tmp_path, second)
     assert contents(tmp_path).keys() == before.keys() - {LOCK}
 
 
@@ -398,8 +388,7 @@ def test_other_weights_or_texts_are_refused_and_the_run_stays(
 ) -> None:
     resumed = interrupted_run(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=said):
-        claimed(tmp_path, resumed, **origin)
+    check_refusal(said, claimed, tmp_path, resumed, **origin)
     assert contents(tmp_path) == before
     (tmp_path / LAST_CHECKPOINT).unlink()
     with claimed(tmp_path, resumed, **origin)[0]:  # starts over

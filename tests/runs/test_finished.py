@@ -11,7 +11,7 @@ from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, write_result
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers, read_validation
 from finetuning.runs.history import write_predictions
-from tests.common import refusal_of
+from tests.common import refusal_of, some
 
 
 def leave(directory: Path, **changes: Any) -> None:
@@ -24,8 +24,7 @@ def leave(directory: Path, **changes: Any) -> None:
 def test_a_finished_run_is_read(tmp_path: Path) -> None:
     leave(tmp_path, test={"accuracy": 0.5})
     run = read_finished(tmp_path)
-    assert run.config.lora is not None
-    assert (run.directory, run.config.lora.lora_r, run.label_names) == (tmp_path, 3, ["bad", "good"])
+    assert (run.directory, some(run.config.lora).lora_r, run.label_names) == (tmp_path, 3, ["bad", "good"])
     assert run.result["test"] == {"accuracy": 0.5}
     assert (run.rule, run.base_files) == (MOST_PROBABLE, {"model.safetensors": "1"})
 

@@ -11,7 +11,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock, claimed
-from tests.common import ROOT, Capture, Patch, full_disk, refusal_of
+from tests.common import ROOT, Capture, Patch, check_refusal, full_disk, refusal_of, some
 
 HOLD = """
 import sys, pathlib
@@ -26,16 +26,13 @@ def test_a_living_process_is_named_and_a_killed_one_is_not_in_the_way(tmp_path: 
     directory = tmp_path / "deep" / "run"
     command = [sys.executable, "-c", HOLD, str(directory)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
+    assert some(other.stdout).readline() == "held\n"
     holder = f"process {other.pid} on {os.uname().nodename} since 20"
-    with pytest.raises(UserError, match=f"--output_dir {directory}: is being written by {holder}.*: wait, or give"):
-        DirectoryLock(directory)
+    check_refusal(f"--output_dir {directory}: is being written by {holder}.*: wait, or give", DirectoryLock, directory)
     other.kill()
     other.communicate()
     with DirectoryLock(directory) as lock:
-        assert lock.killed is not None
-        assert lock.killed.startswith(holder)
+        assert some(lock.killed).startswith(holder)
         assert json.loads((directory / LOCK).read_text())["process"] == os.getpid()
     assert list(directory.iterdir()) == []
     with DirectoryLock(directory) as lock:
@@ -94,8 +91,7 @@ def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
 def test_a_full_disk_refuses_the_directory_in_one_line(tmp_path: Path, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(json, "dump", full_disk)
-        with pytest.raises(UserError, match=f"--output_dir {tmp_path}: cannot be written: No space left on device"):
-            DirectoryLock(tmp_path)
+        check_refusal(f"--output_dir {tmp_path}: cannot be written: No space left on device", DirectoryLock, tmp_path)
     assert list(tmp_path.iterdir()) == []
     with DirectoryLock(tmp_path) as lock:
         assert lock.killed is None

@@ -17,7 +17,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
 from tests import small_classifiers
-from tests.common import CORE, LAYERS, each_once
+from tests.common import CORE, LAYERS, each_once, some
 from tests.small_classifiers import batch, fill, in_peft, logits_of, save
 
 
@@ -36,9 +36,7 @@ def trained(folder: Path, directory: Path, **settings: object) -> tuple[Classifi
 
 
 def lora_settings(**settings: object) -> LoRASettings:
-    lora = RunConfig.from_settings(**settings).lora
-    assert lora is not None
-    return lora
+    return some(RunConfig.from_settings(**settings).lora)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from finetuning.steps.text_advice import (
 )  # fmt: skip
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
-from tests.common import config_of_flags
+from tests.common import config_of_flags, some
 from tests.synthetic_runs import grid_in
 
 
@@ -218,8 +218,7 @@ def test_epochs_of_the_rule_bring_advice_also_if_a_resumed_run_has_stored_them(
     config = config_of_flags(f"{flags} --batch_tokens 64")
     inputs = read_inputs(config, find_materials(config))
     (advised,) = [sentence for sentence in inputs.advice if "--batch_tokens 64" in sentence]
-    epochs = inputs.config.training.epochs
-    assert epochs is not None
+    epochs = some(inputs.config.training.epochs)
     stored = config.changed(epochs=epochs)
     assert advised in read_inputs(stored, find_materials(stored)).advice
     other = config.changed(epochs=epochs - 1)

@@ -7,7 +7,7 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.page import Plot
 from finetuning.tuning import command
 from studies.pages import README_PLOT, README_STUDY, page_plots, page_tables, readme_plot
-from tests.common import Patch
+from tests.common import Patch, some
 from tests.synthetic_runs import outcomes, two_studies, write_run
 
 
@@ -15,8 +15,7 @@ def test_the_plot_of_readme_has_only_the_rows_asked_for(tmp_path: Path) -> None:
     for k, name in enumerate(["lora", "full", "adam"]):
         write_run(tmp_path, README_STUDY, name, correct=outcomes(0.9, 100, k))
     study = read_study(README_STUDY, tmp_path)
-    plot = readme_plot(study, ("lora", "full"))
-    assert plot is not None
+    plot = some(readme_plot(study, ("lora", "full")))
     assert plot.file == README_PLOT
     assert plot.png != getattr(readme_plot(study, ("lora", "full", "adam")), "png", None)
     assert readme_plot(study, ("lora",)) is None

@@ -3,6 +3,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.training.class_weights import class_weights, label_weights
+from tests.common import some
 
 NAMES = ["bad", "fair", "good"]
 LABELS = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=np.int8)
@@ -11,15 +12,12 @@ LABELS = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=np.int8)
 def test_class_weights_keep_the_mean_over_the_texts() -> None:
     counts = np.array([80, 15, 5])
     assert class_weights("none", NAMES, counts) is None
-    balanced = class_weights("balanced", NAMES, counts)
-    assert balanced is not None
+    balanced = some(class_weights("balanced", NAMES, counts))
     assert (balanced.numpy() * counts).tolist() == pytest.approx([100 / 3] * 3)
-    given = class_weights("good=3,bad=0.5", NAMES, counts)
-    assert given is not None
+    given = some(class_weights("good=3,bad=0.5", NAMES, counts))
     assert (given / given[1]).tolist() == pytest.approx([0.5, 1, 3])
     assert float(given.numpy() @ counts) == pytest.approx(100)
-    unseen = class_weights("balanced", NAMES, np.array([5, 0, 15]))
-    assert unseen is not None
+    unseen = some(class_weights("balanced", NAMES, np.array([5, 0, 15])))
     assert unseen.tolist() == pytest.approx([2, 0, 2 / 3])
 
 
@@ -33,12 +31,7 @@ def test_weights_that_are_not_finite_are_refused(setting: str) -> None:
 
 def test_multi_label_weights() -> None:
     assert label_weights("none", NAMES, LABELS) is None
-    balanced = label_weights("balanced", NAMES, LABELS)
-    assert balanced is not None
+    balanced = some(label_weights("balanced", NAMES, LABELS))
     assert balanced.tolist() == pytest.approx([1 / 2, 2, 1])  # texts without the label / texts with it
-    everywhere = label_weights("balanced", NAMES, np.ones_like(LABELS))
-    assert everywhere is not None
-    assert everywhere.tolist() == [1, 1, 1]
-    named = label_weights("fair=3", NAMES, LABELS)
-    assert named is not None
-    assert named.tolist() == [1, 3, 1]
+    assert some(label_weights("balanced", NAMES, np.ones_like(LABELS))).tolist() == [1, 1, 1]
+    assert some(label_weights("fair=3", NAMES, LABELS)).tolist() == [1, 3, 1]

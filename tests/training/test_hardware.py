@@ -18,7 +18,7 @@ from finetuning.training.hardware import (
     prepare_process,
     resolve_hardware,
 )
-from tests.common import Capture, Patch, refusal_of
+from tests.common import Capture, Patch, check_refusal, refusal_of
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -28,8 +28,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         ({"device": 1}, "--device 1: this machine has no CUDA GPU"),
         ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
     ):
-        with pytest.raises(UserError, match=words):
-            resolve_hardware(RunConfig.from_settings(**settings).hardware)
+        check_refusal(words, resolve_hardware, RunConfig.from_settings(**settings).hardware)
 
 
 def test_precision_that_is_asked_for_is_taken() -> None:
@@ -154,8 +153,7 @@ def test_too_few_cards_are_refused(monkeypatch: Patch) -> None:
     assert refusal_of(resolve_hardware, settings).endswith("--devices 4: this machine has 1 GPU(s)")
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="SLURM shows each task its own, use --gres=gpu:N and not --gpus-per-task"):
-        resolve_hardware(settings)
+    check_refusal("SLURM shows each task its own, use --gres=gpu:N and not --gpus-per-task", resolve_hardware, settings)
 
 
 def test_bf16_is_refused_on_a_card_without_it(monkeypatch: Patch) -> None:
@@ -221,8 +219,7 @@ def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: Patch) -> Non
     line = (
         "--precision int8: the processor has no AVX512-VNNI; the run began with it, so resume on a machine that has it"
     )
-    with pytest.raises(UserError, match=line):
-        resolve_hardware(settings_of(precision="int8").hardware, resumed=True)
+    check_refusal(line, resolve_hardware, settings_of(precision="int8").hardware, resumed=True)
 
 
 @pytest.mark.usefixtures("products")

@@ -9,7 +9,7 @@ from finetuning.runs.answers import Rule
 from finetuning.settings import TrainingSettings
 from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice, spelling_advice
 from finetuning.training.tasks import MultiLabel, SingleLabel, make_task
-from tests.common import refusal_of
+from tests.common import refusal_of, some
 
 NAMES = ["bad", "fair", "good"]
 
@@ -103,8 +103,7 @@ def test_what_the_labels_do_not_allow_is_refused(settings: dict[str, object], li
 def test_a_class_that_is_not_named_weighs_1() -> None:
     labels = {"train": np.array([0, 1, 2, 2]), "validation": np.array([0, 1])}
     task = make_task(labels, NAMES, training(class_weights="bad=0"))
-    assert task.weights is not None
-    assert (task.weights > 0).tolist() == [False, True, True]
+    assert (some(task.weights) > 0).tolist() == [False, True, True]
 
 
 # --- multi-label

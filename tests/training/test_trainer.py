@@ -10,7 +10,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.training import trainer
 from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, _strategy, check_processes
-from tests.common import ROOT
+from tests.common import ROOT, check_refusal
 
 
 def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +72,7 @@ def test_processes_that_would_each_train_the_whole_run_are_refused(
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        check_processes(RunConfig.from_settings(devices=devices).hardware)
+    check_refusal(message, check_processes, RunConfig.from_settings(devices=devices).hardware)
 
 
 def test_nobody_starts_the_processes_of_other_nodes_without_srun(monkeypatch: pytest.MonkeyPatch) -> None:

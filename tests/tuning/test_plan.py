@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from finetuning.errors import UserError
 from finetuning.runs.files import write_result
 from finetuning.storage import write_json
 from finetuning.tuning import plan as module
@@ -29,7 +28,7 @@ from finetuning.tuning.plan import (
 )
 from finetuning.tuning.space import Facts, make_space
 from finetuning.tuning.trials import END, Place
-from tests.common import Patch, refusal_of
+from tests.common import Patch, check_refusal, refusal_of
 
 FACTS = Facts(6, 32, (256,), 6)
 
@@ -74,8 +73,7 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
     ):
         assert f"--output_dir {folder}: holds another search ({what}" in refusal_of(check_same, folder, other)
     assert "holds another search" in refusal_of(started, folder, method="full")
-    with pytest.raises(UserError, match=f"--search {tmp_path}: cannot be read"):
-        check_same(folder, asked(method="lora", search=tmp_path))
+    check_refusal(f"--search {tmp_path}: cannot be read", check_same, folder, asked(method="lora", search=tmp_path))
     assert (folder / SEARCH).read_bytes() == before
 
 

@@ -7,10 +7,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from finetuning.errors import UserError
 from finetuning.tuning.sampler import Proposer, StoredProposer, pruned_after, study_of
 from finetuning.tuning.space import Facts, Space, make_space
 from finetuning.tuning.trials import COMPLETE, FAILED, OUT_OF_TIME, PRUNED, Trial
+from tests.common import check_refusal
 
 SPACE = make_space({}, Facts(6, 32, (256,), 6))
 
@@ -110,8 +110,7 @@ def test_a_storage_of_optuna_holds_the_same_trials(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_cannot_be_used_is_refused() -> None:
-    with pytest.raises(UserError, match="--storage nonsense: cannot be used: "):
-        StoredProposer("nonsense", "search", SPACE, "tpe", 0, False)
+    check_refusal("--storage nonsense: cannot be used: ", StoredProposer, "nonsense", "search", SPACE, "tpe", 0, False)
 
 
 def test_a_storage_that_is_gone_ends_the_worker_in_one_line(tmp_path: Path) -> None:
@@ -120,10 +119,8 @@ def test_a_storage_that_is_gone_ends_the_worker_in_one_line(tmp_path: Path) -> N
     (trial, *_) = scored(proposer, 2)
     drawn = len(SPACE.first_points())
     file.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"--storage sqlite:///.*: cannot be used: "):
-        proposer.propose(drawn, [])
-    with pytest.raises(UserError, match=r"--storage sqlite:///.*: cannot be used: "):
-        proposer.heard(replace(trial, number=1, stored=1))
+    check_refusal(r"--storage sqlite:///.*: cannot be used: ", proposer.propose, drawn, [])
+    check_refusal(r"--storage sqlite:///.*: cannot be used: ", proposer.heard, replace(trial, number=1, stored=1))
 
 
 def test_ranges_of_whole_numbers_and_fixed_values_are_drawn() -> None:

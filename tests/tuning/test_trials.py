@@ -11,7 +11,7 @@ import pytest
 from finetuning.runs.history import write_metrics
 from finetuning.tuning import trials as module
 from finetuning.tuning.trials import COMPLETE, FAILED, LEASE_SECONDS, PRUNED, Trial, Trials, best_of
-from tests.common import ROOT
+from tests.common import ROOT, some
 
 PYTHON = (sys.executable, "-c")
 WORKER = """
@@ -78,8 +78,7 @@ def test_the_trial_of_a_killed_worker_is_taken_over_once(tmp_path: Path) -> None
     trials = Trials(tmp_path, "accuracy")
     piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     other = subprocess.Popen([*PYTHON, HOLDER, str(tmp_path)], cwd=ROOT, **piped)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "0\n"
+    assert some(other.stdout).readline() == "0\n"
     with ExitStack() as first, ExitStack() as second:
         assert trials.claim_released(first) is None
         other.kill()
@@ -118,8 +117,7 @@ def test_claims_are_renewed_and_a_lost_file_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("minimize", "winner"), [(False, 2), (True, 1)])
 def test_the_best_trial_is_the_first_complete_one(minimize: bool, winner: int) -> None:
     scores = [(0, FAILED, None), (1, COMPLETE, 0.5), (2, COMPLETE, 0.7), (3, COMPLETE, 0.7), (4, PRUNED, 0.9)]
-    best = best_of([Trial(n, state=state, value=value) for n, state, value in scores], minimize)
-    assert best is not None
+    best = some(best_of([Trial(n, state=state, value=value) for n, state, value in scores], minimize))
     assert best.number == winner
     assert best_of([Trial(0)], minimize) is None
 
