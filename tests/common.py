@@ -202,10 +202,11 @@ def refusal_of(call: Callable[..., object], *arguments: Any, **settings: Any) ->
     return message
 
 
-def check_refusal(pattern: str, call: Callable[..., object], *arguments: Any, **settings: Any) -> None:
-    """The line with which a call is refused matches, as ``match`` of ``pytest.raises`` means it."""
+def check_refusal(pattern: str, call: Callable[..., object], *arguments: Any, **settings: Any) -> str:
+    """The one line with which a call is refused; the pattern must be found in it."""
     message = refusal_of(call, *arguments, **settings)
     assert re.search(pattern, message), message
+    return message
 
 
 def refusal(line: str) -> str:

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -114,25 +115,23 @@ def test_gains_over_the_frozen_model_are_means_over_draws(tmp_path: Path) -> Non
     assert "| a | -2.00 | +3.00 | +1.00 | over 50, at most 100 |" in text
 
 
-def test_draws_of_one_number_of_texts_have_their_mean() -> None:
+def drawn(*cells: tuple[str, int, float], step: float = 0.1) -> dict[str, Any]:
+    """Both baselines with two draws: of each set and number of texts the accuracies X and X + ``step``."""
     records = [
-        {"set": name, "texts": texts, "draw": draw, "baseline": kind, "accuracy": 0.5 + 0.1 * draw}
-        for name, texts in (("a", 200), ("b", 400))
+        {"set": name, "texts": texts, "draw": draw, "baseline": kind, "accuracy": accuracy + step * draw}
+        for name, texts, accuracy in cells
         for draw in (0, 1)
         for kind in (NAME, FROZEN)
     ]
-    content = sets_baselines.table({"measurements": records, "environment": {}}, None)
-    assert "| a | 55.00 | 55.00 |" in content
+    return {"measurements": records, "environment": {}}
+
+
+def test_draws_of_one_number_of_texts_have_their_mean() -> None:
+    assert "| a | 55.00 | 55.00 |" in sets_baselines.table(drawn(("a", 200, 0.5), ("b", 400, 0.5)), None)
 
 
 def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
-    records = [
-        {"set": "a", "texts": texts, "draw": draw, "baseline": kind, "accuracy": accuracy + 0.1 * draw}
-        for texts, accuracy in ((0, 0.8), (50, 0.5))
-        for draw in (0, 1)
-        for kind in (NAME, FROZEN)
-    ]
-    text = sets_baselines.table({"measurements": records, "environment": {}}, None)
+    text = sets_baselines.table(drawn(("a", 0, 0.8), ("a", 50, 0.5)), None)
     assert f"| 50 | {NAME} | 55.00 ± 7.07 (2) |" in text
     assert text.index("| 50 |") < text.index(f"| all | {FROZEN} | 85.00 ± 7.07 (2) |")
 
@@ -145,14 +144,8 @@ def test_few_texts_have_the_baselines_beside_the_runs_and_the_mean_of_the_sets(t
                 right = np.arange(1000) < 500 + 100 * i
                 row, axes = f"{name}-50-{method}-data_seed{draw}", {"data_dir": name, "data_seed": draw}
                 write_run(tmp_path, "s", row, correct=right, axes=axes, data=data)
-    runs = grid_in(tmp_path)
-    records = [
-        {"set": name, "texts": 50, "draw": draw, "baseline": kind, "accuracy": 0.4 + 0.02 * draw}
-        for name in "abc"
-        for draw in range(2)
-        for kind in (NAME, FROZEN)
-    ]
-    lines = sets_baselines.few_texts_table({"measurements": records, "environment": {}}, runs).splitlines()
+    records = drawn(*((name, 50, 0.4) for name in "abc"), step=0.02)
+    lines = sets_baselines.few_texts_table(records, grid_in(tmp_path)).splitlines()
     assert lines[0].endswith(
         "| TF-IDF, % | frozen model, % | default, % | default on the mean, % | head on the mean, % |"
     )

@@ -275,98 +275,80 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
     assert (again.lora_r, again.targets) == (3, ("key",))
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (NOWHERE, "no LoRA target: at least one of --lora_query, --lora_key"),
-        ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
-        ("--lora_modules ,", "--lora_modules ,: needs at least one name"),
-        ("--lora_modules a --init_adapter b", "--lora_modules a: the adapter of --init_adapter says where LoRA is"),
-        (
-            f"--lora_layers 1 {NOWHERE} --lora_head",
-            "--lora_layers 1: needs LoRA in the encoder, but only --lora_head is True",
-        ),
-        ("--trainable_layers 2", "--trainable_layers 2: needs --method selective, but the method is lora"),
-        (
-            "--method full --trainable_layers 2",
-            "--trainable_layers 2: needs --method selective, but the method is full",
-        ),
-        (
-            "--method head --trainable_layers 0",
-            "--trainable_layers 0: needs --method selective, but the method is head",
-        ),
-        (
-            "--method bitfit --lora_plus_ratio 16",
-            "--lora_plus_ratio 16.0: needs --method lora, but the method is bitfit",
-        ),
-        ("--method selective --trainable_layers -1", "--trainable_layers -1: must be at least 0"),
-        ("--double_quantization True", "--double_quantization True: needs --q_lora True"),
-        ("--double_quantization False --q_lora False", "--double_quantization False: needs --q_lora True"),
-        ("--batch_tokens 255", "--batch_tokens 255: must be at least --max_length 256"),
-        ("--batch_tokens 0", "--batch_tokens 0: must be at least --max_length 256"),
-        ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
-        ("--windows 3 --batch_tokens 767", "--batch_tokens 767: must be at least --max_length 256 x --windows 3"),
-        ("--window_overlap 8", "--window_overlap 8: needs --windows of 2 or more"),
-        ("--window_pooling max", "--window_pooling max: needs --windows of 2 or more"),
-        ("--windows 2 --window_overlap 256", "--window_overlap 256: must be less than --max_length 256"),
-        ("--dataset text", "--dataset text: needs --data_dir PATH"),
-        ("--text_pair_column b", "--text_pair_column b: imdb has no pairs of texts: use --dataset text"),
-        ("--group_column b", "--group_column b: imdb has no groups: use --dataset text"),
-        (
-            "--dataset text --data_dir d --group_column label",
-            "--group_column label: must be another column than the label",
-        ),
-        (
-            "--dataset text --data_dir d --text_pair_column text",
-            "--text_pair_column text: must be another column than text and label",
-        ),
-        (
-            "--dataset text --data_dir d --text_pair_column label",
-            "--text_pair_column label: must be another column than text and label",
-        ),
-        ("--label_separator ,", "--label_separator ,: imdb is not multi-label"),
-        *(
-            (f"--threshold {value}", f"--threshold {value}: must be tuned, or above 0 and below 1")
-            for value in ("0", "1", "half", "-0.5", "nan")
-        ),
-        ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
-        ("--dataset me/films --agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
-        ("--dataset me/films --split resplit", "--split resplit: needs --dataset imdb"),
-        ("--dataset me/films --data_source hub", "--data_source hub: needs --dataset imdb"),
-        ("--dataset me/films --data_dir d", "--data_dir d: needs --dataset text, but --dataset is me/films"),
-        ("--split_names train=a", "--split_names train=a: needs --dataset OWNER/NAME"),
-        ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
-        ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),
-        ("--dataset financial_phrasebank --offline", "--offline True: no package contains financial_phrasebank"),
-        (
-            "--data_source stanford --offline",
-            "--data_source stanford: needs --dataset imdb without --data_dir and --offline",
-        ),
-        ("--data_source hub --data_dir d", "--data_source hub: needs --dataset imdb without --data_dir and --offline"),
-        (
-            "--data_source hub --dataset financial_phrasebank",
-            "--data_source hub: needs --dataset imdb without --data_dir and --offline",
-        ),
-        ("--momentum 0.9", "--momentum 0.9: needs an sgd --optimizer"),
-        ("--momentum 0 --optimizer adam", "--momentum 0.0: needs an sgd --optimizer"),
-        ("--optimizer sgd_nesterov --momentum 0", "--momentum 0.0: must be above 0 with --optimizer sgd_nesterov"),
-        ("--device 0 --accelerator cpu", "--device 0: needs a GPU: leave out --accelerator cpu"),
-        ("--device 0 --devices 2", "--device 0: needs --devices 1, but --devices is 2"),
-        (
-            "--precision int8 --method full",
-            "--precision int8: cannot be used, because --method full trains all weights",
-        ),
-        (
-            "--precision int8 --method bitfit",
-            "--precision int8: cannot be used, because --method bitfit trains the biases",
-        ),
-        ("--precision int8 --q_lora", "--precision int8: cannot be used, because --q_lora True holds the frozen"),
-        ("--precision int8 --compile", "--precision int8: cannot be used, because --compile True"),
-        ("--resume --overwrite --output_dir d", "--resume True: cannot be used with --overwrite"),
-        ("--resume", "--resume True: needs --output_dir"),
-        ("--prefetch --offline", "--prefetch True: needs the network: leave out --offline"),
-    ],
-)
+EXCLUDED = [
+    (NOWHERE, "no LoRA target: at least one of --lora_query, --lora_key"),
+    ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
+    ("--lora_modules ,", "--lora_modules ,: needs at least one name"),
+    ("--lora_modules a --init_adapter b", "--lora_modules a: the adapter of --init_adapter says where LoRA is"),
+    (
+        f"--lora_layers 1 {NOWHERE} --lora_head",
+        "--lora_layers 1: needs LoRA in the encoder, but only --lora_head is True",
+    ),
+    ("--trainable_layers 2", "--trainable_layers 2: needs --method selective, but the method is lora"),
+    ("--method full --trainable_layers 2", "--trainable_layers 2: needs --method selective, but the method is full"),
+    ("--method head --trainable_layers 0", "--trainable_layers 0: needs --method selective, but the method is head"),
+    ("--method bitfit --lora_plus_ratio 16", "--lora_plus_ratio 16.0: needs --method lora, but the method is bitfit"),
+    ("--method selective --trainable_layers -1", "--trainable_layers -1: must be at least 0"),
+    ("--double_quantization True", "--double_quantization True: needs --q_lora True"),
+    ("--double_quantization False --q_lora False", "--double_quantization False: needs --q_lora True"),
+    ("--batch_tokens 255", "--batch_tokens 255: must be at least --max_length 256"),
+    ("--batch_tokens 0", "--batch_tokens 0: must be at least --max_length 256"),
+    ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
+    ("--windows 3 --batch_tokens 767", "--batch_tokens 767: must be at least --max_length 256 x --windows 3"),
+    ("--window_overlap 8", "--window_overlap 8: needs --windows of 2 or more"),
+    ("--window_pooling max", "--window_pooling max: needs --windows of 2 or more"),
+    ("--windows 2 --window_overlap 256", "--window_overlap 256: must be less than --max_length 256"),
+    ("--dataset text", "--dataset text: needs --data_dir PATH"),
+    ("--text_pair_column b", "--text_pair_column b: imdb has no pairs of texts: use --dataset text"),
+    ("--group_column b", "--group_column b: imdb has no groups: use --dataset text"),
+    ("--dataset text --data_dir d --group_column label", "--group_column label: must be another column than the label"),
+    (
+        "--dataset text --data_dir d --text_pair_column text",
+        "--text_pair_column text: must be another column than text and label",
+    ),
+    (
+        "--dataset text --data_dir d --text_pair_column label",
+        "--text_pair_column label: must be another column than text and label",
+    ),
+    ("--label_separator ,", "--label_separator ,: imdb is not multi-label"),
+    *(
+        (f"--threshold {value}", f"--threshold {value}: must be tuned, or above 0 and below 1")
+        for value in ("0", "1", "half", "-0.5", "nan")
+    ),
+    ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
+    ("--dataset me/films --agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
+    ("--dataset me/films --split resplit", "--split resplit: needs --dataset imdb"),
+    ("--dataset me/films --data_source hub", "--data_source hub: needs --dataset imdb"),
+    ("--dataset me/films --data_dir d", "--data_dir d: needs --dataset text, but --dataset is me/films"),
+    ("--split_names train=a", "--split_names train=a: needs --dataset OWNER/NAME"),
+    ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
+    ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),
+    ("--dataset financial_phrasebank --offline", "--offline True: no package contains financial_phrasebank"),
+    (
+        "--data_source stanford --offline",
+        "--data_source stanford: needs --dataset imdb without --data_dir and --offline",
+    ),
+    ("--data_source hub --data_dir d", "--data_source hub: needs --dataset imdb without --data_dir and --offline"),
+    (
+        "--data_source hub --dataset financial_phrasebank",
+        "--data_source hub: needs --dataset imdb without --data_dir and --offline",
+    ),
+    ("--momentum 0.9", "--momentum 0.9: needs an sgd --optimizer"),
+    ("--momentum 0 --optimizer adam", "--momentum 0.0: needs an sgd --optimizer"),
+    ("--optimizer sgd_nesterov --momentum 0", "--momentum 0.0: must be above 0 with --optimizer sgd_nesterov"),
+    ("--device 0 --accelerator cpu", "--device 0: needs a GPU: leave out --accelerator cpu"),
+    ("--device 0 --devices 2", "--device 0: needs --devices 1, but --devices is 2"),
+    ("--precision int8 --method full", "--precision int8: cannot be used, because --method full trains all weights"),
+    ("--precision int8 --method bitfit", "--precision int8: cannot be used, because --method bitfit trains the biases"),
+    ("--precision int8 --q_lora", "--precision int8: cannot be used, because --q_lora True holds the frozen"),
+    ("--precision int8 --compile", "--precision int8: cannot be used, because --compile True"),
+    ("--resume --overwrite --output_dir d", "--resume True: cannot be used with --overwrite"),
+    ("--resume", "--resume True: needs --output_dir"),
+    ("--prefetch --offline", "--prefetch True: needs the network: leave out --offline"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), EXCLUDED)
 def test_settings_that_exclude_each_other(line: str, words: str) -> None:
     assert words in refusal(line)
 

@@ -120,22 +120,14 @@ def test_the_time_of_trials_under_other_conditions_is_left_out(tmp_path: Path) -
     assert costs.column("with its trials, processor s") == ["10", ""]
 
 
-def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> None:
+def test_costs_of_forked_and_of_started_runs_and_those_in_eight_bits_are_told_apart(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"train": {"processor_seconds": 5.0}, "base_model": {"precision": "bfloat16"}}
     for name in ("one", "two", "three"):
-        for method in ("a", "b"):
-            more: dict[str, Any] = {"train": {"processor_seconds": 5.0}, "environment": {"forked": method == "b"}}
+        for method, precision in (("a", "auto"), ("b", "int8")):
+            more = common | {"environment": {"forked": method == "b"}, "config": {"precision": precision}}
             write_run(tmp_path, "s", method, data_set=name, correct=np.arange(10) < 5, **more)
     _, _, costs = tables_of(tmp_path)
     assert costs.column("process") == ["started", "forked"]
-
-
-def test_costs_in_eight_bits_are_told_apart(tmp_path: Path) -> None:
-    for name in ("one", "two", "three"):
-        for method, precision in (("a", "auto"), ("b", "int8")):
-            more: dict[str, Any] = {"train": {"processor_seconds": 5.0}, "base_model": {"precision": "bfloat16"}}
-            more |= {"config": {"precision": precision}}
-            write_run(tmp_path, "s", method, data_set=name, correct=np.arange(10) < 5, **more)
-    _, _, costs = tables_of(tmp_path)
     assert costs.column("precision") == ["bfloat16", "int8"]
 
 

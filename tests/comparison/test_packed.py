@@ -55,29 +55,25 @@ def test_other_runs_and_other_studies_stay_as_they_are(tmp_path: Path) -> None:
     assert read_records(tmp_path / "nothing") == ({}, [])
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        (None, "", "Expecting value"),
-        (None, "{", "Expecting property name"),
-        (None, "[]", "it does not hold collected runs"),
-        (None, "{}", "it does not hold collected runs"),
-        (None, '[{"result": 3}, {"planned": []}]', "it does not hold collected runs"),
-        (None, HOLLOW.replace("{}", "3"), "it must hold a JSON object"),
-        (None, HOLLOW.replace("{}", '{"sha256": 3}'), "it was changed after it was written"),
-        ('"accuracy": 0.9', '"accuracy": 0.8', "it was changed after it was written"),
-        (",0.75\\n", ",0.85\\n", "the metrics of lora-final-seed0 were changed after they were written"),
-        (
-            '"predictions": "eN',
-            '"predictions": "eM',
-            "the predictions of lora-final-seed0 were changed after they were",
-        ),
-        ('"predictions": "', '"predictions": 7, "": "', "it does not hold collected runs"),
-        ('"predictions": "', '"predictions": null, "": "', "the predictions of lora-final-seed0 were changed after"),
-        ("[\n", "[\n{line}", "lora-final-seed0 is there twice: delete one of the two lines"),
-        ("\n]\n", "", "Expecting ',' delimiter"),
-    ],
-)
+DAMAGED = [
+    (None, "", "Expecting value"),
+    (None, "{", "Expecting property name"),
+    (None, "[]", "it does not hold collected runs"),
+    (None, "{}", "it does not hold collected runs"),
+    (None, '[{"result": 3}, {"planned": []}]', "it does not hold collected runs"),
+    (None, HOLLOW.replace("{}", "3"), "it must hold a JSON object"),
+    (None, HOLLOW.replace("{}", '{"sha256": 3}'), "it was changed after it was written"),
+    ('"accuracy": 0.9', '"accuracy": 0.8', "it was changed after it was written"),
+    (",0.75\\n", ",0.85\\n", "the metrics of lora-final-seed0 were changed after they were written"),
+    ('"predictions": "eN', '"predictions": "eM', "the predictions of lora-final-seed0 were changed after they were"),
+    ('"predictions": "', '"predictions": 7, "": "', "it does not hold collected runs"),
+    ('"predictions": "', '"predictions": null, "": "', "the predictions of lora-final-seed0 were changed after"),
+    ("[\n", "[\n{line}", "lora-final-seed0 is there twice: delete one of the two lines"),
+    ("\n]\n", "", "Expecting ',' delimiter"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "said"), DAMAGED)
 def test_damaged_records_are_refused_in_one_line(tmp_path: Path, old: str | None, new: str, said: str) -> None:
     write_run(tmp_path, "s", "lora", curve=[0.5, 0.75], correct=outcomes(0.9, 60, 1))
     path = tmp_path / "s" / RUNS

@@ -153,12 +153,6 @@ def test_multi_label_runs_are_compared_by_exact_match_and_by_micro_f1(tmp_path: 
     assert "## Micro F1 of multi-label data" in study_text(make_section(study, [], []))
 
 
-def test_micro_f1_needs_multi_label_runs(tmp_path: Path) -> None:
-    for row in "ab":
-        write_run(tmp_path, "s", row, correct=outcomes(0.8, 100, seed=1))
-    assert compare_rows(read_study("s", tmp_path), "micro_f1") == ([], [])
-
-
 def test_of_very_many_pairs_those_with_the_best_row_are_shown() -> None:
     difference = Difference(0.1, 0.0, 0.2, 0.5)
     names = [f"row {i}" for i in range(20)]
@@ -180,7 +174,8 @@ def test_methods_are_also_compared_over_all_data_sets(tmp_path: Path) -> None:
     assert pooled_sentences(read_study("s", tmp_path)) == []
 
 
-def test_rows_of_one_data_set_are_not_pooled(tmp_path: Path) -> None:
+def test_micro_f1_needs_multi_label_runs_and_rows_of_one_data_set_are_not_pooled(tmp_path: Path) -> None:
     for row in ("lora-a", "lora-b"):
         write_run(tmp_path, "s", row, correct=outcomes(0.9, 100, 0))
-    assert pooled_sentences(read_study("s", tmp_path)) == []
+    study = read_study("s", tmp_path)
+    assert (compare_rows(study, "micro_f1"), pooled_sentences(study)) == (([], []), [])

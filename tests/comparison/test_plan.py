@@ -205,101 +205,98 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("[defaults]\nlorar = 8", "[defaults] lorar: finetune_lora.py has no flag of this name"),
-        ("[defaults]\nlora_r = 0", "row run: lora_r 0: must be at least 1"),
-        ('[defaults]\nlora_r = "x"', "[defaults] lora_r 'x': must be a number, without quotes"),
-        ('[axes]\nlearning_rate = ["1e-3"]', "axes: learning_rate '1e-3': must be a number, without quotes"),
-        ('[[rows]]\nname = "a"\ntune = { epochs = ["3"] }\n[search]\ntrials = 2', "tune: epochs '3': must be a number"),
-        ("[defaults]\nepochs = [1, 2]", "[defaults] epochs [1, 2]: must be one value (several names: 'a,b')"),
-        ('[[rows]]\nname = "a"\ntext_column = ["x", "y"]', "row a: text_column ['x', 'y']: must be one value (several"),
-        ('[axes]\nmodel_name = [["a", "b"], "c"]', "axes: model_name [['a', 'b'], 'c']: must be one value"),
-        ('[defaults]\noutput_dir = "x"', "[defaults] output_dir: not allowed, the study sets it itself"),
-        ("[axes]\nkfold = [5, 10]", "axes: kfold: not allowed, the runs of a study have a validation split"),
-        ('[defaults]\ndata_dir = "/data/imdb"', "data_dir /data/imdb: must be a folder inside"),
-        (
-            '[defaults]\ndataset = "me/films"\ndata_dir = "films"',
-            "row run: data_dir films: needs --dataset text, but --dataset is me/films",
-        ),
-        ('[defaults]\ndata_dir = "../imdb"', "data_dir ../imdb: must be a folder inside"),
-        ("[axes]\nseed = 1", "axes: seed: must be a list of different values"),
-        ("[axes]\nseed = [1, 1]", "axes: seed: must be a list of different values"),
-        ("[axes]\nrank = [1]", "axes: rank: finetune_lora.py has no flag"),
-        ("[axis]\nseed = [1]", "axis: unknown key, allowed are question, defaults"),
-        ("rows = 3", "rows: must be tables"),
-        ("defaults = 3", "defaults: must be a table"),
-        ("[[rows]]\nlora_r = 2", "row 1: has no name, but lora_r"),
-        ('[[rows]]\nname = "a/b"', "row 1: name 'a/b'"),
-        ('[[rows]]\nname = "tune-a"', "row 1: name 'tune-a'"),
-        ('[[rows]]\nname = "a"\n[[rows]]\nname = "a"', "row a: two runs would be named a-seed0"),
-        (
-            '[[rows]]\nname = "a"\nlora_r = 2\n[[rows]]\nname = "a"\nlora_r = 4\naxes = { seed = [1] }',
-            "row a: two rows with other settings have this name",
-        ),
-        (
-            '[[rows]]\nname = "a"\ntune = { learning_rate = [1e-3, 1.0000001e-3] }',
-            "row a: tune: learning_rate: must be numbers that differ in their first six digits",
-        ),
-        (
-            '[[rows]]\nname = "a"\ntune = { batch_size = { low = 1, high = inf } }\n[search]\ntrials = 2',
-            "row a: tune: batch_size: must be { low = X, high = Y } with 0 < X < Y",
-        ),
-        ('[[rows]]\nname = "a"\noptimizer = "lion"', "row a: optimizer lion: must be one of adam, adamw, "),
-        (
-            '[[rows]]\nname = "a"\nmethod = "full"\nlora_r = 2',
-            "row a: lora_r 2: needs --method lora, but the method is full",
-        ),
-        ('[[rows]]\nname = "a"\nlora_r = 2\naxes = { lora_r = [2] }', "row a: lora_r: given as a flag and as an axis"),
-        ('[[rows]]\nname = "a"\naxes = 3', "row a: axes: must be a table of lists"),
-        ('[[rows]]\nname = "a"\ntune = { lora_r = [1] }', "row a: tune: must be { learning_rate = [...] }"),
-        ('[[rows]]\nname = "a"\ntune = { learning_rate = [true] }', "row a: tune: learning_rate: must be numbers"),
-        ('[[rows]]\nname = "a"\ntune = { learning_rate = [-1.0] }', "row a: learning_rate -1.0: must be finite"),
-        (
-            '[[rows]]\nname = "a"\nlearning_rate = 1\ntune = { learning_rate = [1] }',
-            "learning_rate: must not be given as well",
-        ),
-        ("[defaults]\nlearning_rate = 1e-3" + TUNED, "row a: tune: learning_rate: must not be given as well"),
-        ('[[rows]]\nname = "a"\naxes = { lora_r = [1, 2] }\ntune = { learning_rate = [1] }', "axes other than seed"),
-        (TUNED.replace("[1e-4, 0.02]", "[1e-4]"), "tune: every row needs the same number of settings to try"),
-        (TUNED + '[[rows]]\nname = "c"', "have: a 2, b 2, c 0"),
-        (SEARCHED.replace("trials = 4", ""), "[search] trials 0: must be a whole number of at least 1"),
-        (SEARCHED.replace("trials = 4", "trials = 1.5"), "[search] trials 1.5: must be a whole number"),
-        (SEARCHED.replace("trials = 4", "count = 4"), "[search] must be a table with trials and seed"),
-        (SEARCHED.replace("low = 2", "low = 0"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
-        (SEARCHED.replace("low = 2", "from = 2"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
-        (SEARCHED.replace("[3, 5]", "3"), "row one-lora: tune: epochs: must be a list of values, or { low = X"),
-        (
-            SEARCHED.replace("epochs", "epoch"),
-            "row one-lora: tune: epoch: finetune_lora.py has no flag of this name; did you mean epochs?",
-        ),
-        *(
-            (SEARCHED.replace("epochs", flag), f"row one-lora: tune: {flag}: cannot be tuned: give a flag of method")
-            for flag in ("test", "data_seed", "limit_validation", "monitor", "seed", "output_dir", "model_name")
-        ),
-        (SEARCHED.replace("max_length = 64", "epochs = 2"), "row one-lora: tune: epochs: must not be given as well"),
-        (SEARCHED.replace("max_length", "max"), "row one-lora: max: finetune_lora.py has no flag of this name"),
-        (SEARCHED.replace('data = ["two"]', 'data = ["three"]'), "row full: data ['three']: must be a list of names"),
-        (SEARCHED.replace('name = "one"', ""), "data: each [[data]] and each [[rows]] needs a name"),
-        ("data = 3", "data: must be tables, [[data]]"),
-        (SEARCHED.replace('data_dir = "two"', 'data_dir = "2"'), "data two: must have the name of its folder"),
-        ('[[rows]]\nname = "a"\ndata = ["two"]', "row a: data: needs [[data]], the sets that it names"),
-        ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
-        (TUNED.replace("limit_train", "test"), "[tuning] test: must be false"),
-        (
-            TUNED.replace("limit_train", "learning_rate"),
-            "[tuning] learning_rate: not allowed, because it is what is tuned",
-        ),
-        (TUNED.replace("limit_train", "limit"), "[tuning] limit: finetune_lora.py has no flag"),
-        ("[axes]\nseed = [1]\n[sample]\ncount = 2", "[sample] count 2: must be from 1 to 1"),
-        ("[axes]\nseed = [1]\n[sample]\nsize = 2", "[sample] size: unknown key"),
-        ('[[rows]]\nname = "a"\nreported = "89 %"', "row a: reported '89 %': must be an accuracy in %"),
-        ('[[rows]]\nname = "a"\nreported = 101', "row a: reported 101: must be an accuracy in %, from 0 to 100"),
-        ('[[rows]]\nname = "a"\nprecision = "fast"', "row a: precision fast: must be named"),
-        ("question = 3", "cannot be read"),  # a second one
-    ],
-)
+REFUSED = [
+    ("[defaults]\nlorar = 8", "[defaults] lorar: finetune_lora.py has no flag of this name"),
+    ("[defaults]\nlora_r = 0", "row run: lora_r 0: must be at least 1"),
+    ('[defaults]\nlora_r = "x"', "[defaults] lora_r 'x': must be a number, without quotes"),
+    ('[axes]\nlearning_rate = ["1e-3"]', "axes: learning_rate '1e-3': must be a number, without quotes"),
+    ('[[rows]]\nname = "a"\ntune = { epochs = ["3"] }\n[search]\ntrials = 2', "tune: epochs '3': must be a number"),
+    ("[defaults]\nepochs = [1, 2]", "[defaults] epochs [1, 2]: must be one value (several names: 'a,b')"),
+    ('[[rows]]\nname = "a"\ntext_column = ["x", "y"]', "row a: text_column ['x', 'y']: must be one value (several"),
+    ('[axes]\nmodel_name = [["a", "b"], "c"]', "axes: model_name [['a', 'b'], 'c']: must be one value"),
+    ('[defaults]\noutput_dir = "x"', "[defaults] output_dir: not allowed, the study sets it itself"),
+    ("[axes]\nkfold = [5, 10]", "axes: kfold: not allowed, the runs of a study have a validation split"),
+    ('[defaults]\ndata_dir = "/data/imdb"', "data_dir /data/imdb: must be a folder inside"),
+    (
+        '[defaults]\ndataset = "me/films"\ndata_dir = "films"',
+        "row run: data_dir films: needs --dataset text, but --dataset is me/films",
+    ),
+    ('[defaults]\ndata_dir = "../imdb"', "data_dir ../imdb: must be a folder inside"),
+    ("[axes]\nseed = 1", "axes: seed: must be a list of different values"),
+    ("[axes]\nseed = [1, 1]", "axes: seed: must be a list of different values"),
+    ("[axes]\nrank = [1]", "axes: rank: finetune_lora.py has no flag"),
+    ("[axis]\nseed = [1]", "axis: unknown key, allowed are question, defaults"),
+    ("rows = 3", "rows: must be tables"),
+    ("defaults = 3", "defaults: must be a table"),
+    ("[[rows]]\nlora_r = 2", "row 1: has no name, but lora_r"),
+    ('[[rows]]\nname = "a/b"', "row 1: name 'a/b'"),
+    ('[[rows]]\nname = "tune-a"', "row 1: name 'tune-a'"),
+    ('[[rows]]\nname = "a"\n[[rows]]\nname = "a"', "row a: two runs would be named a-seed0"),
+    (
+        '[[rows]]\nname = "a"\nlora_r = 2\n[[rows]]\nname = "a"\nlora_r = 4\naxes = { seed = [1] }',
+        "row a: two rows with other settings have this name",
+    ),
+    (
+        '[[rows]]\nname = "a"\ntune = { learning_rate = [1e-3, 1.0000001e-3] }',
+        "row a: tune: learning_rate: must be numbers that differ in their first six digits",
+    ),
+    (
+        '[[rows]]\nname = "a"\ntune = { batch_size = { low = 1, high = inf } }\n[search]\ntrials = 2',
+        "row a: tune: batch_size: must be { low = X, high = Y } with 0 < X < Y",
+    ),
+    ('[[rows]]\nname = "a"\noptimizer = "lion"', "row a: optimizer lion: must be one of adam, adamw, "),
+    (
+        '[[rows]]\nname = "a"\nmethod = "full"\nlora_r = 2',
+        "row a: lora_r 2: needs --method lora, but the method is full",
+    ),
+    ('[[rows]]\nname = "a"\nlora_r = 2\naxes = { lora_r = [2] }', "row a: lora_r: given as a flag and as an axis"),
+    ('[[rows]]\nname = "a"\naxes = 3', "row a: axes: must be a table of lists"),
+    ('[[rows]]\nname = "a"\ntune = { lora_r = [1] }', "row a: tune: must be { learning_rate = [...] }"),
+    ('[[rows]]\nname = "a"\ntune = { learning_rate = [true] }', "row a: tune: learning_rate: must be numbers"),
+    ('[[rows]]\nname = "a"\ntune = { learning_rate = [-1.0] }', "row a: learning_rate -1.0: must be finite"),
+    (
+        '[[rows]]\nname = "a"\nlearning_rate = 1\ntune = { learning_rate = [1] }',
+        "learning_rate: must not be given as well",
+    ),
+    ("[defaults]\nlearning_rate = 1e-3" + TUNED, "row a: tune: learning_rate: must not be given as well"),
+    ('[[rows]]\nname = "a"\naxes = { lora_r = [1, 2] }\ntune = { learning_rate = [1] }', "axes other than seed"),
+    (TUNED.replace("[1e-4, 0.02]", "[1e-4]"), "tune: every row needs the same number of settings to try"),
+    (TUNED + '[[rows]]\nname = "c"', "have: a 2, b 2, c 0"),
+    (SEARCHED.replace("trials = 4", ""), "[search] trials 0: must be a whole number of at least 1"),
+    (SEARCHED.replace("trials = 4", "trials = 1.5"), "[search] trials 1.5: must be a whole number"),
+    (SEARCHED.replace("trials = 4", "count = 4"), "[search] must be a table with trials and seed"),
+    (SEARCHED.replace("low = 2", "low = 0"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
+    (SEARCHED.replace("low = 2", "from = 2"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
+    (SEARCHED.replace("[3, 5]", "3"), "row one-lora: tune: epochs: must be a list of values, or { low = X"),
+    (
+        SEARCHED.replace("epochs", "epoch"),
+        "row one-lora: tune: epoch: finetune_lora.py has no flag of this name; did you mean epochs?",
+    ),
+    *(
+        (SEARCHED.replace("epochs", flag), f"row one-lora: tune: {flag}: cannot be tuned: give a flag of method")
+        for flag in ("test", "data_seed", "limit_validation", "monitor", "seed", "output_dir", "model_name")
+    ),
+    (SEARCHED.replace("max_length = 64", "epochs = 2"), "row one-lora: tune: epochs: must not be given as well"),
+    (SEARCHED.replace("max_length", "max"), "row one-lora: max: finetune_lora.py has no flag of this name"),
+    (SEARCHED.replace('data = ["two"]', 'data = ["three"]'), "row full: data ['three']: must be a list of names"),
+    (SEARCHED.replace('name = "one"', ""), "data: each [[data]] and each [[rows]] needs a name"),
+    ("data = 3", "data: must be tables, [[data]]"),
+    (SEARCHED.replace('data_dir = "two"', 'data_dir = "2"'), "data two: must have the name of its folder"),
+    ('[[rows]]\nname = "a"\ndata = ["two"]', "row a: data: needs [[data]], the sets that it names"),
+    ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
+    (TUNED.replace("limit_train", "test"), "[tuning] test: must be false"),
+    (TUNED.replace("limit_train", "learning_rate"), "[tuning] learning_rate: not allowed, because it is what is tuned"),
+    (TUNED.replace("limit_train", "limit"), "[tuning] limit: finetune_lora.py has no flag"),
+    ("[axes]\nseed = [1]\n[sample]\ncount = 2", "[sample] count 2: must be from 1 to 1"),
+    ("[axes]\nseed = [1]\n[sample]\nsize = 2", "[sample] size: unknown key"),
+    ('[[rows]]\nname = "a"\nreported = "89 %"', "row a: reported '89 %': must be an accuracy in %"),
+    ('[[rows]]\nname = "a"\nreported = 101', "row a: reported 101: must be an accuracy in %, from 0 to 100"),
+    ('[[rows]]\nname = "a"\nprecision = "fast"', "row a: precision fast: must be named"),
+    ("question = 3", "cannot be read"),  # a second one
+]
+
+
+@pytest.mark.parametrize(("text", "line"), REFUSED)
 def test_a_refused_study_is_named_with_row_and_key_in_one_line(tmp_path: Path, text: str, line: str) -> None:
     found = refusal_of(study_of, tmp_path, text)
     assert found.startswith(f"{tmp_path / 'study.toml'}")

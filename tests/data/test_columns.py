@@ -45,10 +45,8 @@ def test_a_table_with_another_separator_is_named() -> None:
 
 def test_a_column_in_both_texts_of_a_pair_is_refused() -> None:
     settings: dict[str, Any] = {"label_column": "year", "text_pair_column": "body"}
-    with pytest.raises(
-        UserError, match=r"^--text_pair_column body: column body must not be in --text_column title,body"
-    ):
-        checked(TABLE, "here", DataSettings(text_column="title,body", **settings))
+    line = r"^--text_pair_column body: column body must not be in --text_column title,body"
+    check_refusal(line, checked, TABLE, "here", DataSettings(text_column="title,body", **settings))
     whole = TABLE.rename(columns={"a,b": "title,body"})[2:4].assign(body="film")
     assert checked(whole, "here", DataSettings(text_column="title,body", **settings)).text.tolist() == ["x", "y"]
 
@@ -74,40 +72,33 @@ def test_columns_are_found_where_there_is_only_one_answer(
     kinds: dict[str, Kind], text: str | None, label: str | None
 ) -> None:
     if label is None:
-        with pytest.raises(
-            UserError, match=r"^--dataset me/x: .* the labels: give --label_column NAME; the columns are"
-        ):
-            find_label_column(kinds, [], "--dataset me/x")
+        line = r"^--dataset me/x: .* the labels: give --label_column NAME; the columns are"
+        check_refusal(line, find_label_column, kinds, [], "--dataset me/x")
     else:
         assert find_label_column(kinds, [], "--dataset me/x") == label
     taken = [] if label is None else [label]
     if text is None:
-        with pytest.raises(UserError, match=r"^--dataset me/x: .* the texts: give --text_column NAME, or A,B for two"):
-            find_text_column(kinds, taken, "--dataset me/x")
+        line = r"^--dataset me/x: .* the texts: give --text_column NAME, or A,B for two"
+        check_refusal(line, find_text_column, kinds, taken, "--dataset me/x")
     else:
         assert find_text_column(kinds, taken, "--dataset me/x") == text
 
 
-@pytest.mark.parametrize(
-    ("content", "column", "line"),
-    [
-        ("text,label\na,0\nb,1", "second", "--text_pair_column second: must be a column of .*, which has: text, label"),
-        ("text,second,label\na,,0\nb,c,1", "second", "--text_pair_column second: .* has no text in row 0 "),
-        ("premise,second,label\na,b,0", "second", "--text_column text: must be a column of .*: premise, second, label"),
-    ],
-)
-def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, line: str) -> None:
-    write_texts(tmp_path, content)
-    check_refusal(f"^{line}", texts_of, text_config(tmp_path, text_pair_column=column))
+PAIR, GROUP = {"text_pair_column": "second"}, {"group_column": "by"}
+UNREADABLE = [
+    ("text,label\na,0\nb,1", PAIR, "text_pair_column second: must be a column of .*, which has: text, label"),
+    ("text,second,label\na,,0\nb,c,1", PAIR, "text_pair_column second: .* has no text in row 0 "),
+    ("premise,second,label\na,b,0", PAIR, "text_column text: must be a column of .*: premise, second, label"),
+    ("text,label\na,0\nb,1", GROUP, "group_column by: must be a column of .*, which has: text, label"),
+    (
+        "text,by,label\na,x,0\nb, ,1",
+        GROUP,
+        "group_column by: .* has no group in row 1 .*: give each such text a group",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "line"),
-    [
-        ("text,label\na,0\nb,1", "--group_column by: must be a column of .*, which has: text, label"),
-        ("text,by,label\na,x,0\nb, ,1", "--group_column by: .* has no group in row 1 .*: give each such text a group"),
-    ],
-)
-def test_groups_that_cannot_be_read(tmp_path: Path, content: str, line: str) -> None:
+@pytest.mark.parametrize(("content", "columns", "line"), UNREADABLE)
+def test_pairs_and_groups_that_cannot_be_read(tmp_path: Path, content: str, columns: dict[str, str], line: str) -> None:
     write_texts(tmp_path, content)
-    check_refusal(f"^{line}", texts_of, text_config(tmp_path, group_column="by"))
+    check_refusal(f"^--{line}", texts_of, text_config(tmp_path, **columns))

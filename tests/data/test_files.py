@@ -171,12 +171,9 @@ def test_half_a_character_in_json_is_refused_with_its_place(tmp_path: Path) -> N
     assert next(read_chunks(tmp_path / "a.jsonl", 5)).user.tolist() == ["y", "\ud83d"], "kept in a column beside"
 
 
-def test_fields_that_a_spreadsheet_left_out_are_empty(tmp_path: Path) -> None:
+def test_fields_that_a_spreadsheet_left_out_are_empty_and_lines_of_blanks_no_texts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label,notes\ngood,1,x\nbad,0\n")
     assert next(read_chunks(tmp_path / "a.csv", None)).label.tolist() == ["1", "0"]
-
-
-def test_a_line_of_blanks_is_no_half_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,note\nfine,\n \n\nfine,1\n")
     assert next(read_chunks(tmp_path / "a.csv", None)).text.tolist() == ["fine", "fine"]
 

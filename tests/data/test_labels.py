@@ -129,38 +129,30 @@ def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
     check_refusal(r"has 1 text: must be .* look like lists: if they are, give --label_separator", read, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("labels", "separator", "line"),
-    [
-        ([["a"], 3], None, "--label_column label: labels must be all lists, but one is 3"),
-        ([["a", 3], ["b"]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
-        ([["a", None], ["b"]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
-        ([[0.5], [1.5]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
-        ([["a"], None], None, "--label_column label: .* has no label in row 1 "),
-        ([["a"], ["a"]], None, "--label_column label: must have at least two different labels, but has a"),
-        ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
-        ([[0, 1, 0], [0, 0, 1]], None, "--label_column label: each list has a 0 or 1 for each of 3 labels, but must"),
-        ([[1.0, 0.0], [1.0, 1.0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
-        ([[0, 1], [1, 0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
-        ([["a", "b"], ["b", "a"]], None, r"--label_column label: all texts have the same labels \(a, b\), so there is"),
-        (["a;b", "b;a"], ";", r"--label_column label: all texts have the same labels \(a, b\), so there is nothing"),
-        (
-            [[[1, 2], [3]], [[2, 1], [0]]],
-            None,
-            "--label_column label: the labels in the lists must be all whole numbers",
-        ),
-        (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave it out$"),
-        (["a;b", "a", "b"], ",", "--label_separator ',': never .*: labels such as 'a;b' need --label_separator ';'$"),
-        ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
-        (
-            ["['a', 'b']", "['a']"],
-            ",",
-            "--label_separator ',': column label has lists written as text, such as .*: save",
-        ),
-        ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
-        (["a", ""], None, "--label_column label: .* has no label in row 1 "),
-    ],
-)
+UNREADABLE = [
+    ([["a"], 3], None, "--label_column label: labels must be all lists, but one is 3"),
+    ([["a", 3], ["b"]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
+    ([["a", None], ["b"]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
+    ([[0.5], [1.5]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
+    ([["a"], None], None, "--label_column label: .* has no label in row 1 "),
+    ([["a"], ["a"]], None, "--label_column label: must have at least two different labels, but has a"),
+    ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
+    ([[0, 1, 0], [0, 0, 1]], None, "--label_column label: each list has a 0 or 1 for each of 3 labels, but must"),
+    ([[1.0, 0.0], [1.0, 1.0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
+    ([[0, 1], [1, 0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
+    ([["a", "b"], ["b", "a"]], None, r"--label_column label: all texts have the same labels \(a, b\), so there is"),
+    (["a;b", "b;a"], ";", r"--label_column label: all texts have the same labels \(a, b\), so there is nothing"),
+    ([[[1, 2], [3]], [[2, 1], [0]]], None, "--label_column label: the labels in the lists must be all whole numbers"),
+    (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave it out$"),
+    (["a;b", "a", "b"], ",", "--label_separator ',': never .*: labels such as 'a;b' need --label_separator ';'$"),
+    ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
+    (["['a', 'b']", "['a']"], ",", "--label_separator ',': column label has lists written as text, such as .*: save"),
+    ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
+    (["a", ""], None, "--label_column label: .* has no label in row 1 "),
+]
+
+
+@pytest.mark.parametrize(("labels", "separator", "line"), UNREADABLE)
 def test_labels_that_cannot_be_read(tmp_path: Path, labels: list[Any], separator: str | None, line: str) -> None:
     write(tmp_path, labels, "train")
     check_refusal(f"^{line}", read, tmp_path, label_separator=separator)

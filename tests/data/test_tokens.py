@@ -16,11 +16,10 @@ from finetuning.config import RunConfig
 from finetuning.data import tokens as module
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, cached_tokens, encode, encode_pairs, encode_texts
-from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
 from local_dataset_utilities import tokenize
-from tests.common import ROOT, Capture, Patch, packaged_folder, refusal_of, some
+from tests.common import ROOT, Capture, Patch, check_refusal, packaged_folder, refusal_of, some
 from tests.scripts import start_script
 
 
@@ -193,10 +192,8 @@ def test_a_pair_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
         special_tokens=[("[CLS]", 101), ("[SEP]", 102)],
     )  # fmt: skip
     encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=9))
-    with pytest.raises(
-        UserError, match=r"^--max_length 8: must be at least 9 for pairs of texts, because a pair has 7"
-    ):
-        encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=8))
+    line = r"^--max_length 8: must be at least 9 for pairs of texts, because a pair has 7"
+    check_refusal(line, encode_pairs, TEXTS, PAIRS, tokenizer, DataSettings(max_length=8))
 
 
 def test_tokens_removed_while_they_are_read_are_made_again(tokenizer: Any, monkeypatch: Patch) -> None:
@@ -279,12 +276,10 @@ def test_windows_of_a_pair_have_the_shorter_text_whole(tokenizer: Any, swapped: 
 
 def test_an_overlap_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
     data = DataSettings(max_length=20, windows=2, window_overlap=18)
-    with pytest.raises(
-        UserError, match=r"^--window_overlap 18: must be less than 18, the tokens of a text that a wind"
-    ):
-        encode(TEXTS, None, tokenizer, data)
-    with pytest.raises(UserError, match=r"^--window_overlap 9: must be less than 9, the tokens"):
-        encode(TEXTS, PAIRS, tokenizer, DataSettings(max_length=20, windows=2, window_overlap=9))
+    line = r"^--window_overlap 18: must be less than 18, the tokens of a text that a wind"
+    check_refusal(line, encode, TEXTS, None, tokenizer, data)
+    data = DataSettings(max_length=20, windows=2, window_overlap=9)
+    check_refusal(r"^--window_overlap 9: must be less than 9, the tokens", encode, TEXTS, PAIRS, tokenizer, data)
 
 
 def test_the_cache_keeps_windows(tokenizer: Any) -> None:

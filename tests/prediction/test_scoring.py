@@ -75,20 +75,16 @@ def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
     assert str(Score(TRAINED, "y")) == "no labelled text was answered"
 
 
-@pytest.mark.parametrize(
-    ("labels", "column", "message"),
-    [
-        (["1"], "label", "--label_column label: must be a column of a.csv, which has: y"),
-        (["1", "ham"], "y", "--label_column y: 'ham' is none of the classifier's labels: 0, 1, spam"),
-        (["", None], "y", "--label_column y: has no label: leave it out"),
-        ([["1"], "1"], "y", "--label_column y: \"['1']\" is none of the classifier's labels: 0, 1, spam"),
-        (
-            [np.array(["0", "1"])],
-            "y",
-            "--label_column y: \"['0', '1']\" is none of the classifier's labels: 0, 1, spam",
-        ),
-    ],
-)
+UNCOUNTED = [
+    (["1"], "label", "--label_column label: must be a column of a.csv, which has: y"),
+    (["1", "ham"], "y", "--label_column y: 'ham' is none of the classifier's labels: 0, 1, spam"),
+    (["", None], "y", "--label_column y: has no label: leave it out"),
+    ([["1"], "1"], "y", "--label_column y: \"['1']\" is none of the classifier's labels: 0, 1, spam"),
+    ([np.array(["0", "1"])], "y", "--label_column y: \"['0', '1']\" is none of the classifier's labels: 0, 1, spam"),
+]
+
+
+@pytest.mark.parametrize(("labels", "column", "message"), UNCOUNTED)
 def test_labels_that_cannot_be_counted_are_refused(labels: list[Any], column: str, message: str) -> None:
     assert refusal_of(list, Score(TRAINED, column).checking(source(labels)).tables()) == message
 

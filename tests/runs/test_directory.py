@@ -403,23 +403,24 @@ def test_another_number_of_processes_is_refused_and_the_run_stays(tmp_path: Path
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("threads", "warns"), [(2, False), (3, True), (None, False)])
-def test_another_number_of_threads_gives_a_warning(
-    tmp_path: Path, threads: int | None, warns: bool, capsys: Capture
+@pytest.mark.parametrize(
+    ("began", "now", "words"),
+    [
+        ({}, {"threads": 2}, ""),
+        ({}, {"threads": 3}, "with 2 threads and continues with 3"),
+        ({}, {"threads": None}, ""),
+        ({"precision": "bfloat16"}, {"precision": "bfloat16"}, ""),
+        ({"precision": "bfloat16"}, {"precision": "float16"}, "in bfloat16 and continues in float16"),
+    ],
+)
+def test_another_number_of_threads_or_another_precision_gives_a_warning(
+    tmp_path: Path, began: dict[str, Any], now: dict[str, Any], words: str, capsys: Capture
 ) -> None:
-    resumed = interrupted_run(tmp_path)
-    with claimed(tmp_path, resumed, threads=threads)[0]:
+    resumed = interrupted_run(tmp_path, **began)
+    with claimed(tmp_path, resumed, **now)[0]:
         said = capsys.readouterr().err
-    assert said.startswith("warning: the run began with 2 threads and continues with 3") if warns else said == ""
-    assert read_origin(tmp_path) == ORIGIN
-
-
-@pytest.mark.parametrize(("precision", "warns"), [("bfloat16", False), ("float16", True)])
-def test_another_precision_gives_a_warning(tmp_path: Path, precision: str, warns: bool, capsys: Capture) -> None:
-    resumed = interrupted_run(tmp_path, precision="bfloat16")
-    with claimed(tmp_path, resumed, precision=precision)[0]:
-        said = capsys.readouterr().err
-    assert said.startswith("warning: the run began in bfloat16 and continues in float16") if warns else said == ""
+    assert said.startswith(f"warning: the run began {words}") if words else said == ""
+    assert read_origin(tmp_path) == ORIGIN | began
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
 from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, write_result
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers, read_validation
 from finetuning.runs.history import write_predictions
-from tests.common import refusal_of, some
+from tests.common import check_refusal, refusal_of, some
 
 
 def leave(directory: Path, **changes: Any) -> None:
@@ -31,10 +30,7 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
 
 def test_other_directories_are_refused(tmp_path: Path) -> None:
     def refused(words: str, directory: Path = tmp_path) -> None:
-        with pytest.raises(UserError, match=words) as caught:
-            read_finished(directory)
-        assert str(caught.value).startswith(f"{directory}: ")
-        assert "\n" not in str(caught.value)
+        assert check_refusal(words, read_finished, directory).startswith(f"{directory}: ")
 
     refused("must be a finished run, but has no result.json")
     refused("no such directory: give the one of a finished run", tmp_path / "nowhere")
