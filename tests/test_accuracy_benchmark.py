@@ -196,11 +196,8 @@ def test_the_table_compares_seeds_that_both_have_finished() -> None:
         record("peft", 1, 0.91, 30.0), record("suite", 2, 0.1, 1.0),
         {"set": "one", "contestant": "peft", "seed": 2, "status": "failed", "error": "no memory"},
     ]  # fmt: skip
-    result = {
-        "sets": {"one": "--epochs 1", "two": ""},
-        "seeds": {"one": [0, 1, 2], "two": [0, 1]},
-        "measurements": records,
-    }
+    sets, seeds = {"one": "--epochs 1", "two": ""}, {"one": [0, 1, 2], "two": [0, 1]}
+    result = {"sets": sets, "seeds": seeds, "measurements": records}
     counts = {
         f"one-{r['contestant']}-seed{r['seed']}": counted(round(200 * r["test"]["accuracy"])) for r in records[:5]
     }

@@ -47,11 +47,8 @@ def test_multi_label_runs_have_the_labels_that_they_find(tmp_path: Path) -> None
 
 
 def test_defaults_have_both_budgets_in_a_row(tmp_path: Path) -> None:
-    for row, seed, accuracy, steps in (
-        ("a-b-before", 0, 0.5, 60),
-        ("a-b-auto", 0, 0.7, 300),
-        ("a-b-auto", 1, 0.8, 300),
-    ):
+    runs = ("a-b-before", 0, 0.5, 60), ("a-b-auto", 0, 0.7, 300), ("a-b-auto", 1, 0.8, 300)
+    for row, seed, accuracy, steps in runs:
         test = {"accuracy": accuracy}
         write_run(tmp_path, "defaults", row, seed=seed, test=test, train={"steps": steps, "seconds": steps / 4})
     lines = budget.defaults_table(tmp_path / "defaults").splitlines()

@@ -63,11 +63,8 @@ def test_list_tells_state_and_command_of_each_run(capsys: pytest.CaptureFixture[
     words = lines[missing.seed].split("python ")[1].split()
     assert Path(words[0]).resolve() == ROOT / "finetune_lora.py"
     config = from_flags(words[1:])
-    assert (config.run.output_dir, config.data.data_dir, config.training.epochs) == (
-        Path("runs/tiny/run-seed0"),
-        Path(),
-        1,
-    )
+    assert (config.run.output_dir, config.data.data_dir) == (Path("runs/tiny/run-seed0"), Path())
+    assert config.training.epochs == 1
 
 
 def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwritten(
@@ -80,10 +77,8 @@ def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwr
     before = (runs.directory(run) / "settings.json").read_bytes()
     assert runs.state(runs.study.runs[0]) == "changed"
     assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
-    assert (
-        "has other settings (--lora_r 8 -> 2): remove it, rename the row or give another --runs_dir"
-        in capsys.readouterr().out
-    )
+    line = "has other settings (--lora_r 8 -> 2): remove it, rename the row or give another --runs_dir"
+    assert line in capsys.readouterr().out
     assert main(["collect", "tiny.toml"]) == 0
     assert "not collected: run-seed0 is changed" in capsys.readouterr().err
     assert (runs.directory(run) / "settings.json").read_bytes() == before
@@ -318,10 +313,8 @@ def test_many_classes_keep_their_numbers() -> None:
     leave_run(runs, run, test={"accuracy": 1.0})
     leave_predictions(runs, run, np.eye(200), np.arange(200))
     assert main(["collect", "tiny.toml"]) == 0
-    numbers = list(range(200))
-    assert read_records(Path("results/tiny"))[0][run.name].predictions == dict.fromkeys(
-        ("row", "label", "predicted"), numbers
-    )
+    expected = {name: list(range(200)) for name in ("row", "label", "predicted")}
+    assert read_records(Path("results/tiny"))[0][run.name].predictions == expected
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a folder", "bytes"])

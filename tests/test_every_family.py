@@ -277,9 +277,8 @@ def test_saved_weights_make_the_same_classifier_again(
 ) -> None:
     folder, given = folder_of(model_type), batch(model_type)
     if method == "bitfit" and model_type in NO_BIASES:
-        with pytest.raises(
-            UserError, match=f"--method bitfit: the encoder of .*, of type '{model_type}', has no biases"
-        ):
+        line = f"--method bitfit: the encoder of .*, of type '{model_type}', has no biases"
+        with pytest.raises(UserError, match=line):
             build(folder, method="bitfit")
         return
     trained, config = build(folder, **METHODS[method]), RunConfig.from_settings(**METHODS[method])

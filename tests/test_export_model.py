@@ -82,9 +82,8 @@ def refusal(capsys: Capture, *words: object, status: int = 2) -> str:
     before = sorted(parent.iterdir()) if parent.is_dir() else None
     capsys.readouterr()
     assert main([str(word) for word in words]) == status
-    lines = [
-        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "tokenizing" not in line
-    ]
+    errors = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in errors if line and "tokenizing" not in line]
     assert len(lines) == 1, lines
     assert before == (sorted(parent.iterdir()) if parent.is_dir() else None)
     return lines[0]
@@ -241,9 +240,8 @@ def test_a_head_on_the_mean_becomes_onnx_alone(
     base, out = first_layer(tiny_folders[model_type], tmp_path / "base"), tmp_path / "out"
     run = lora_run(tmp_path, base, "--pooling", "mean", *pairs, *more)
     message = refusal(capsys, run, out)
-    assert (
-        f"{run}: has --pooling mean, which Transformers' class for {model_type} models cannot compute: give" in message
-    )
+    cannot = f"{run}: has --pooling mean, which Transformers' class for {model_type} models cannot compute: give"
+    assert cannot in message
     message = refusal(capsys, run, out, "--adapter")
     assert f"which PEFT cannot compute with this {model_type} model: give --onnx instead of --adapter" in message
     content, data = exported(run, out, "--onnx")

@@ -31,10 +31,8 @@ def test_variables_that_would_stop_libraries_are_settled(monkeypatch: pytest.Mon
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     processes.settle_process()
-    assert {name: os.environ.get(name) for name in given} == dict.fromkeys(given) | {
-        "NODE_RANK": "1",
-        "MPLBACKEND": "agg",
-    }
+    expected = dict.fromkeys(given) | {"NODE_RANK": "1", "MPLBACKEND": "agg"}
+    assert {name: os.environ.get(name) for name in given} == expected
 
 
 def test_a_closed_terminal_asks_to_stop_but_not_after_nohup() -> None:

@@ -261,11 +261,8 @@ def test_base_models_are_searched(
     flags: list[str], tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tiny_folders["bert"].parent)
-    models = [
-        "--models",
-        str(tiny_folders["distilbert"]),
-        *2 * [tiny_folders["bert"].name],
-    ]  # from this directory, each once
+    used_here = tiny_folders["bert"].name  # from this directory
+    models = ["--models", str(tiny_folders["distilbert"]), used_here, used_here]  # each once
     search, folder = tmp_path / "space.toml", tmp_path / "search"
     words = ["tune", *flags[:-2], "--trials", "2", "--seeds", "1"]
     assert main([*words, *models, "--output_dir", str(folder)]) == 0

@@ -105,12 +105,8 @@ def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
     assert part_done(read_study("s", tmp_path)) == "1 of 3 runs are there. Trials that chose their settings: 1 of 1."
     write_run(tmp_path, "s", "full", status="failed")
     assert part_done(read_study("s", tmp_path)).endswith(": 1 of 1. Failed, so in no mean: full-final-seed0.")
-    sets = [
-        f"{name}-{method}{draw}-seed0"
-        for name in "ab"
-        for method in ("lora-all", "full")
-        for draw in ("", "-data_seed1")
-    ]
+    draws = [f"{method}{draw}" for method in ("lora-all", "full") for draw in ("", "-data_seed1")]
+    sets = [f"{name}-{draw}-seed0" for name in "ab" for draw in draws]
     change_records(tmp_path / "s", [], ["lora-final-seed0", *sets, "c-full-seed0"])
     said = part_done(read_study("s", tmp_path), on_sets=True)
     assert "of 6. Data sets on which runs are missing: lora-all 2 of 2, full 3 of 3. Failed" in said

@@ -101,11 +101,8 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
 
     assert [runs.take_over(run) for run in runs.study.runs] == [other.directory(same), None, None, None]
     assert [runs.state(run) for run in runs.study.runs] == ["finished", "missing", "missing", "missing"]
-    assert sorted(path.name for path in runs.directory(same).iterdir()) == [
-        "metrics.csv",
-        "result.json",
-        "settings.json",
-    ]
+    left = sorted(path.name for path in runs.directory(same).iterdir())
+    assert left == ["metrics.csv", "result.json", "settings.json"]
     assert runs.result(same) == other.result(same)
     assert not half.exists()
     changed = StudyRuns(plan("lora_r = 2\n[axes]\nseed = [0]").study, Path("runs/third"), Path("data"))
@@ -135,10 +132,8 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     assert [runs.take_over(run) for run in (first, planned)] == [source.path for source in sources]
     assert StudyRuns(runs.study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
     assert [runs.state(run) for run in (first, planned)] == ["finished", "finished"]
-    assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (
-        runs.place_in_study(planned),
-        {"accuracy": 0.9},
-    )
+    assert runs.result(planned)["study"] == runs.place_in_study(planned)
+    assert runs.result(planned)["test"] == {"accuracy": 0.9}
     assert runs.result(planned)["study"]["study"] == "tiny"
     assert "test" not in runs.result(first)
     records, _ = read_records(Path("results/tiny"))

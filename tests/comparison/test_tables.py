@@ -75,9 +75,8 @@ def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
     )  # fmt: skip
     for key in ("accuracy_mean", "accuracy_std", "test_examples", "trainable", "train_seconds", "peak_memory_bytes"):
         assert row[key] is None
-    assert "0" not in "".join(
-        cells(study)["bare"][key] for key in ("training time, s", "peak memory, GiB", "test texts")
-    )
+    bare = cells(study)["bare"]
+    assert "0" not in "".join(bare[key] for key in ("training time, s", "peak memory, GiB", "test texts"))
 
 
 def test_times_and_memory_are_those_of_the_runs_measured_alone(tmp_path: Path) -> None:
@@ -172,9 +171,8 @@ def test_a_small_test_split_is_said_to_be_small(tmp_path: Path, monkeypatch: pyt
     write_run(tmp_path, "s", "a", correct=outcomes(0.9, 100, 0))
     monkeypatch.undo()
     (note,) = notes(read_study("s", tmp_path))
-    assert note == (
-        "100 test texts are few: an accuracy of 85 % is uncertain by 7 points (95 %), also where all seeds agree."
-    )
+    said = "100 test texts are few: an accuracy of 85 % is uncertain by 7 points (95 %), also where all seeds agree."
+    assert note == said
 
 
 def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:

@@ -203,9 +203,7 @@ def test_loss_weight_gives_the_mean_over_the_whole_step() -> None:
     """Lightning divides by accumulate, DDP averages over ranks: what is left must be the mean over all examples."""
     lengths, losses = review_lengths(211, 2), np.random.default_rng(0).random(211)
     world_size, accumulate = 2, 3
-    ranks = [
-        list(sampler(lengths, accumulate=accumulate, rank=rank, world_size=world_size)) for rank in range(world_size)
-    ]
+    ranks = [list(sampler(lengths, accumulate=accumulate, rank=rank, world_size=world_size)) for rank in (0, 1)]
     for first in range(0, len(ranks[0]), accumulate):
         step = [batch for rank in ranks for batch in rank[first : first + accumulate]]
         seen = np.concatenate([batch.examples for batch in step])

@@ -144,9 +144,8 @@ def test_a_limit_that_leaves_out_a_class_brings_a_warning(tmp_path: Path) -> Non
 def test_a_class_that_only_test_texts_have_brings_a_warning(tmp_path: Path, settings: dict[str, Any]) -> None:
     copies = [f"copy {i}" for i in range(4)]
     write_texts(tmp_path, rows_of(*(f"{text},c" for text in copies)))
-    write_texts(
-        tmp_path, "text,label\n" + "".join(f"{text},{'ab'[i % 2]}\n" for i, text in enumerate(copies)), "test.csv"
-    )
+    rows = "".join(f"{text},{'ab'[i % 2]}\n" for i, text in enumerate(copies))
+    write_texts(tmp_path, f"text,label\n{rows}", "test.csv")
     write_texts(tmp_path, "text,label\nnew 1,a\nnew 2,b\n", "validation.csv")
     warning = "warning: the removal of texts of validation and test leaves no training text of class c"
     assert warning in texts_of(text_config(tmp_path, **settings)).notes

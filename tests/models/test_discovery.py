@@ -195,9 +195,8 @@ def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
     assert "'xlnet', whose head reads the last place of a batch" in refused(folder_with(tmp_path, xlnet))
     xmod = {"model_type": "xmod", "default_language": None}
     assert "config.json has no default_language: write it there" in refused(folder_with(tmp_path, xmod))
-    assert "is of type 'esm', whose classifier cannot be built: " in refused(
-        folder_with(tmp_path, {"model_type": "esm"})
-    )
+    esm = refused(folder_with(tmp_path, {"model_type": "esm"}))
+    assert "is of type 'esm', whose classifier cannot be built: " in esm
 
 
 def test_other_methods_need_no_names(tmp_path: Path) -> None:
@@ -264,9 +263,8 @@ def test_lora_modules_also_goes_on_whole_fused_linears(folder_of: Any) -> None:
 def test_names_that_match_no_linear_are_refused(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
     has = "its linears are query, key, value, dense"
-    assert (
-        refused(tmp_path, lora_modules="q_proj") == f"--lora_modules q_proj: FOLDER has no module of this name: {has}"
-    )
+    line = f"--lora_modules q_proj: FOLDER has no module of this name: {has}"
+    assert refused(tmp_path, lora_modules="q_proj") == line
     norm = "bert.embeddings.LayerNorm is no linear of the encoder's"
     assert refused(tmp_path, lora_modules="query,LayerNorm") == f"--lora_modules LayerNorm: {norm}: {has}"
 

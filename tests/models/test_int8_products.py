@@ -167,9 +167,8 @@ def test_a_wrong_product_is_refused(monkeypatch: Patch) -> None:
         return torch.stack(pairs).clamp(-32768, 32767).sum(0).to(torch.int32) - 128 * b.int().sum(0, dtype=torch.int32)
 
     monkeypatch.setattr(int8_products, "multiply", saturating)
-    assert (
-        refused.__wrapped__() == "8-bit products are wrong on this processor, perhaps because ONEDNN_MAX_CPU_ISA is set"
-    )
+    wrong = "8-bit products are wrong on this processor, perhaps because ONEDNN_MAX_CPU_ISA is set"
+    assert refused.__wrapped__() == wrong
 
 
 @pytest.mark.parametrize(

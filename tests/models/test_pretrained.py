@@ -88,9 +88,8 @@ def test_the_head_of_a_classifier_of_the_same_classes_stays(bert: Path, tmp_path
     folder = shutil.copytree(bert, tmp_path / "base")
     weights = load_file(folder / "model.safetensors")
     rows = torch.randn(2, weights["bert.pooler.dense.weight"].shape[0])
-    save_file(
-        weights | {"classifier.weight": rows, "classifier.bias": torch.tensor([1.0, 2.0])}, folder / "model.safetensors"
-    )
+    own = {"classifier.weight": rows, "classifier.bias": torch.tensor([1.0, 2.0])}
+    save_file(weights | own, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
 
     def head(*names: str) -> torch.Tensor:

@@ -103,10 +103,8 @@ def test_rows_without_a_text_repeat_none(tmp_path: Path) -> None:
         surveyed = survey(source, True, False, lambda _: None)
         chunks = (rows for rows in source.rows(skip_bad=True))
         numbers = ((rows, [[None if bad else 0.5 for bad in rows.bad] for _ in ANSWERS.columns]) for rows in chunks)
-        assert (
-            write_answers(tmp_path / "few.csv", most_uncertain(numbers, 9, list(ANSWERS.columns)), surveyed, ANSWERS)
-            == 2
-        )
+        least = most_uncertain(numbers, 9, list(ANSWERS.columns))
+        assert write_answers(tmp_path / "few.csv", least, surveyed, ANSWERS) == 2
 
 
 def test_a_classifier_that_is_surer_than_on_validation_is_told() -> None:

@@ -116,12 +116,8 @@ def test_bad_rows_have_empty_answers(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"text": null}\n{"text": "c"}\n')
     csv = write(source, tmp_path / "out.csv", skip=True).read_text(encoding="utf8").splitlines()
-    assert csv == [
-        "text,label,probability_bad,probability_good",
-        "a,good,0.000000,1.000000",
-        ",,,",
-        "c,bad,0.500000,0.500000",
-    ]
+    head = "text,label,probability_bad,probability_good"
+    assert csv == [head, "a,good,0.000000,1.000000", ",,,", "c,bad,0.500000,0.500000"]
     lines = write(source, tmp_path / "out.jsonl", SEVERAL, skip=True).read_text().splitlines()
     assert [json.loads(line)["label"] for line in lines] == [["good"], None, []]
     found = pq.read_table(write(source, tmp_path / "out.parquet", SEVERAL, skip=True))

@@ -159,9 +159,8 @@ def test_after_folds_the_larger_split_is_the_headline_and_the_folds_are_a_cost(t
         shown = "after 9 epochs in every fold, "
         assert (shown in read(make_report(tmp_path, fair, None)).text) == (count == 20)
         tuned = fair | {"task": {**fair["task"], "threshold_tuned": True}}
-        assert shown not in read(make_report(tmp_path, tuned, None)).text, (
-            "each fold has tuned its threshold on its texts"
-        )
+        text = read(make_report(tmp_path, tuned, None)).text
+        assert shown not in text, "each fold has tuned its threshold on its texts"
         assert cost_table(result).rows[2:4] == [("all folds, before that", "383.4 s"), ("final run", "20.0 s")]
 
 

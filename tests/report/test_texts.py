@@ -26,10 +26,8 @@ def test_a_multi_label_mistake_is_as_confident_as_its_worst_decision() -> None:
     logits = np.log([[9.0, 1 / 4], [1 / 9, 99.0]])  # probabilities 0.9, 0.2 and 0.1, 0.99
     truth = np.array([[False, False], [True, True]])
     found = confident_mistakes("test", Answers(np.arange(2), truth, logits, None, Rule(0.5)), ["a", "b"], None)
-    assert [(s.label, s.other, s.other_probability) for s in found] == [
-        ("no label", "a", "90.0 %"),
-        ("a, b", "b", "90.0 %"),
-    ]
+    cells = [(suspect.label, suspect.other, suspect.other_probability) for suspect in found]
+    assert cells == [("no label", "a", "90.0 %"), ("a, b", "b", "90.0 %")]
 
 
 def test_a_long_text_loses_its_middle_and_what_is_not_unicode() -> None:

@@ -189,9 +189,8 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_p
     (tmp_path / f".last.ckpt.{'0' * 32}.tmp.ckpt").write_bytes(b"half")
     assert checkpoint_to_resume(tmp_path) == tmp_path / PREVIOUS_CHECKPOINT
     begin(tmp_path, resume=True)
-    assert capsys.readouterr().err == (
-        f"warning: {tmp_path / LAST_CHECKPOINT} is damaged: the run continues without it\n"
-    )
+    warning = f"warning: {tmp_path / LAST_CHECKPOINT} is damaged: the run continues without it\n"
+    assert capsys.readouterr().err == warning
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT}
     write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT, LAST_CHECKPOINT}
@@ -218,9 +217,8 @@ def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
         stored = read_settings(tmp_path)
         assert (stored["resume"], stored["overwrite"]) == (with_previous, not with_previous)
         assert checkpoint == (tmp_path / PREVIOUS_CHECKPOINT if with_previous else None)
-        assert capsys.readouterr().err == with_previous * (
-            f"warning: {last} is damaged: the run continues without it\n"
-        )
+        said = f"warning: {last} is damaged: the run continues without it\n"
+        assert capsys.readouterr().err == said * with_previous
         write_checkpoint(last, archive)
 
 
@@ -318,9 +316,8 @@ def test_the_next_resume_says_that_the_last_process_was_killed(
     lock, _ = claimed(tmp_path, config)
     with lock:
         assert read_settings(tmp_path)["resume"] == with_checkpoint
-        assert capsys.readouterr().out.startswith(
-            "process 12 on node1 since today ended without a result: it was killed"
-        )
+        said = "process 12 on node1 since today ended without a result: it was killed"
+        assert capsys.readouterr().out.startswith(said)
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])

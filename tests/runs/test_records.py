@@ -76,9 +76,8 @@ def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: 
     assert command_line([str(program), "--epochs", "1"]) == "finetune-lora --epochs 1"
     assert command_line([str(tmp_path / "finetune_lora.py"), "-x"]) == "python finetune_lora.py -x"
     words = [f"--data_dir={tmp_path}/a b", f"/mnt{tmp_path}/c", f"{tmp_path}/d"]  # only its beginning is this folder
-    assert command_line(["finetune_lora.py", *words]) == (
-        f"python finetune_lora.py '--data_dir=a b' /mnt{tmp_path}/c d"
-    )
+    shown = f"python finetune_lora.py '--data_dir=a b' /mnt{tmp_path}/c d"
+    assert command_line(["finetune_lora.py", *words]) == shown
 
 
 def test_a_command_is_called_as_it_is_installed_or_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

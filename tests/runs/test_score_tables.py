@@ -29,10 +29,8 @@ def test_the_baseline_is_next_to_the_run() -> None:
     assert table.columns == ("score", "test", "test, words")
     rows = {row[0]: row[2] for row in table.rows}
     assert rows == {"accuracy": "75.00 %", "AUROC": "", "loss, nats": "0.6250", "texts": "80"}
-    assert score_table(result, {"test": answers, "validation": answers}).columns[3:] == (
-        "test, words",
-        "validation, words",
-    )
+    columns = score_table(result, {"test": answers, "validation": answers}).columns
+    assert columns[3:] == ("test, words", "validation, words")
     result["kfold"] = {"same_epoch": None, "mean": {"accuracy": 0.875}}
     table = score_table(result, {"test": answers, "validation": answers})
     assert table.columns[3:] == ("validation, mean of the folds", "test, words", "validation, words")

@@ -192,10 +192,8 @@ def test_a_wrong_or_unchecked_number_would_be_seen() -> None:
     p = p_values("methods")[frozenset(("lora", "full"))]
     right += f" (`methods/lora` and `methods/full`: corrected p {p}), `--lora_r 8`, `best/full-epochs3`"
     assert (wrong_scores(right), unchecked_numbers(right)) == ([], [])
-    assert wrong_scores("`methods/lora` 99.99 %, `methods/none` 88.61 %") == [
-        "methods/lora 99.99",
-        "methods/none 88.61",
-    ]
+    wrong = ["methods/lora 99.99", "methods/none 88.61"]
+    assert wrong_scores("`methods/lora` 99.99 %, `methods/none` 88.61 %") == wrong
     assert wrong_scores("`methods/lora` and `methods/full`: corrected p 0.01") == ["methods/lora and full: 0.01"]
     assert unchecked_numbers("by 2 points, 93 s, `r 8`, 0.05, p < 0.01") == ["2", "93", "8`,", "0.05,", "0.01"]
 
@@ -234,9 +232,8 @@ def test_what_the_text_says_in_words() -> None:
     leads = []
     for texts in ("trec6", "emotion", "ag_news", "financial"):  # "one to four points more"
         name = texts.replace("financial", "twitter_financial_news")
-        few, many_texts = (
-            100 * scores()[row]["accuracy_mean"] for row in (f"placement/{name}-all", f"int8/{texts}-bf16")
-        )
+        rows = f"placement/{name}-all", f"int8/{texts}-bf16"
+        few, many_texts = (100 * scores()[row]["accuracy_mean"] for row in rows)
         assert 1 <= round(many_texts - few) <= 4
         counts = of_counts["sets_baselines"][name, 2000], of_counts["curves_baselines"][name, 0]  # 0: all texts
         leads.append((few - counts[0], many_texts - counts[1]))
@@ -269,9 +266,8 @@ def test_what_the_text_says_in_words() -> None:
     assert (len(full), least < 0 < most) == (14, True)  # "by macro F1, too"
     for name, behind in (("trec6", -2.5), ("customer_reviews", 0.1)):  # of LoRA with MiniLM
         head = 100 * scores()[f"base_on_sets/{name}-head-mean"]["accuracy_mean"]
-        small, best = (
-            100 * scores()[f"methods_on_sets/{name}-{row}"]["accuracy_mean"] for row in ("head-mean", "lora-all")
-        )
+        rows = f"methods_on_sets/{name}-head-mean", f"methods_on_sets/{name}-lora-all"
+        small, best = (100 * scores()[row]["accuracy_mean"] for row in rows)
         assert (round(head - small), round(head - best, 1)) == (8, behind)  # "eight points above MiniLM's head"
     assert (decisions.ENOUGH_SETS, ROPE) == (8, 0.5)  # "at least eight data sets", "half a point"
     rates = DEFAULT_LEARNING_RATES
@@ -290,11 +286,8 @@ def test_rows_that_the_text_calls_the_same() -> None:
         return {run.seed: (run.get("test", "accuracy"), run.get("test", "loss")) for run in row.tested}
 
     one_run = results("compute_memory/base")
-    for name in (
-        "learning_rates/lora-adamw-learning_rate0.001",
-        "lora_rank_alpha/lora_r8-lora_alpha16",
-        "lora_targets/all",
-    ):
+    names = "learning_rates/lora-adamw-learning_rate0.001", "lora_rank_alpha/lora_r8-lora_alpha16", "lora_targets/all"
+    for name in names:
         assert results(name) == one_run
     three_runs = results("methods/lora")
     for name in ("optimizers/adamw", "schedulers/linear", "datasets/imdb-lora"):

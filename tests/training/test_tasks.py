@@ -51,9 +51,8 @@ def test_scores_by_hand() -> None:
     assert details["confusion_matrix"] == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
     many = SingleLabel([f"class {i}" for i in range(600)])
     assert set(many.details(labels, np.eye(600)[predicted])) == {"per_class"}, "360,000 numbers"
-    assert details["per_class"]["bad"] == pytest.approx(
-        {"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "support": 3}
-    )
+    scores_of_bad = {"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "support": 3}
+    assert details["per_class"]["bad"] == pytest.approx(scores_of_bad)
     assert details["per_class"]["good"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
     assert scores["accuracy"] == pytest.approx(3 / 6)
     assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)
@@ -146,10 +145,8 @@ def test_multi_label_scores_by_hand() -> None:
 
 def test_the_threshold_is_the_one_of_validation() -> None:
     probabilities = np.array([[0.30, 0.20], [0.255, 0.10], [0.10, 0.28], [0.20, 0.05]])
-    logits, truth = (
-        np.log(probabilities / (1 - probabilities)).astype(np.float32),
-        (probabilities > 0.25).astype(np.int8),
-    )
+    logits = np.log(probabilities / (1 - probabilities)).astype(np.float32)
+    truth = (probabilities > 0.25).astype(np.int8)
     fixed, tuned = MultiLabel(["a", "b"], None, HALF), MultiLabel(["a", "b"], None, HALF, tuned=True)
     for task in (fixed, tuned):
         task.tune(truth, logits)
@@ -259,9 +256,8 @@ def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
 def test_labels_that_people_have_typed_differently_bring_advice() -> None:
     assert spelling_advice(["billing", "shipping", "bill"]) == []
     assert spelling_advice(["pos", "pos\u200b", "neg"])[0].endswith(r"'pos' and 'pos\u200b': spell them alike")
-    assert spelling_advice(["caf\u00e9", "cafe\u0301", "cafe"])[0].endswith(
-        r"'caf\xe9' and 'cafe\u0301': spell them alike"
-    )
+    (line,) = spelling_advice(["caf\u00e9", "cafe\u0301", "cafe"])
+    assert line.endswith(r"'caf\xe9' and 'cafe\u0301': spell them alike")
     (line,) = spelling_advice(["Bill ing", "account", "billing", "B", "b"])
     assert line.endswith("are different classes: 'Bill ing' and 'billing'; 'B' and 'b': spell them alike")
 
@@ -294,8 +290,7 @@ def test_a_classifier_at_chance_brings_advice() -> None:
     assert line.endswith("right for 50.0%: consider --kfold 5, because 20 texts show little")
     good = logits_for([0] * 50 + [1] * 50)  # 90 % are right
     assert not chance_advice(task, labels, good, 200, None, takes_kfold=lambda: True)
-    assert not chance_advice(
-        task, labels, logits_for([0] * 100), 200, None, takes_kfold=lambda: True
-    )  # has advice of its own
+    always = logits_for([0] * 100)  # which has advice of its own
+    assert not chance_advice(task, labels, always, 200, None, takes_kfold=lambda: True)
     several = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training())
     assert not chance_advice(several, TRUTH, -np.ones((4, 3)), 200, None, takes_kfold=lambda: True)

@@ -136,10 +136,8 @@ def test_mlflow_finds_what_was_logged(tmp_path: Path, monkeypatch: Patch, capsys
     assert run.info.run_name == "run"
     assert run.data.params["lora_r"] == "3"
     assert run.data.metrics["test_accuracy"] == 0.875
-    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train_loss")] == [
-        (1, 0.75),
-        (3, 0.25),
-    ]
+    losses = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [(loss.step, loss.value) for loss in losses] == [(1, 0.75), (3, 0.25)]
     assert run.data.tags["status"] == "finished"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"report.html", "result.json"}
 
