@@ -156,30 +156,21 @@ def test_a_study_goes_on_from_what_was_collected_on_another_machine(capsys: pyte
 def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan("[axes]\nseed = [0, 1]")
     for words, line in (
-        (["run", "tiny.toml"], "error: row run: --dataset text: needs --data_dir PATH"),
-        (["run", "tiny.toml", "--data_dir", "nowhere"], "error: --data_dir nowhere: no such folder"),
-        (["run", "tiny.toml", "--data_dir", "tiny.toml"], "error: --data_dir tiny.toml: a file: must be a folder"),
-        (["run", "tiny.toml", "--data_dir", ".", "--index", "2"], "error: --index 2: must be from 0 to 1"),
-        (
-            ["run", "tiny.toml", "--data_dir", ".", "--stage", "tune", "--index", "0"],
-            "error: --index 0: the study has no runs of --stage tune",
-        ),
-        (["run", "other.toml"], "error: other.toml cannot be read"),
-        (["count", "tiny.toml", "--stage", "first"], "error: --stage first: must be one of "),
-        (
-            ["run", "tiny.toml", "--data_dir", ".", "--runs_dir", "tiny.toml"],
-            "error: --runs_dir: tiny.toml/tiny cannot",
-        ),
-        (["walk", "tiny.toml"], "error: COMMAND walk: must be one of "),
-        (
-            ["collect", "tiny.toml", "--runs_dir", "here"],
-            "error: --runs_dir here: has no folder tiny with runs of this",
-        ),
-        (["report", "--results", "."], "error: --results .: has no STUDY/runs.json: collect a study there first"),
+        ("run tiny.toml", "row run: --dataset text: needs --data_dir PATH"),
+        ("run tiny.toml --data_dir nowhere", "--data_dir nowhere: no such folder"),
+        ("run tiny.toml --data_dir tiny.toml", "--data_dir tiny.toml: a file: must be a folder"),
+        ("run tiny.toml --data_dir . --index 2", "--index 2: must be from 0 to 1"),
+        ("run tiny.toml --data_dir . --stage tune --index 0", "--index 0: the study has no runs of --stage tune"),
+        ("run other.toml", "other.toml cannot be read"),
+        ("count tiny.toml --stage first", "--stage first: must be one of "),
+        ("run tiny.toml --data_dir . --runs_dir tiny.toml", "--runs_dir: tiny.toml/tiny cannot"),
+        ("walk tiny.toml", "COMMAND walk: must be one of "),
+        ("collect tiny.toml --runs_dir here", "--runs_dir here: has no folder tiny with runs of this"),
+        ("report --results .", "--results .: has no STUDY/runs.json: collect a study there first"),
     ):
-        assert main(words) == 2, words
+        assert main(words.split()) == 2, words
         (shown,) = capsys.readouterr().err.splitlines()
-        assert shown.startswith(line)
+        assert shown.startswith(f"error: {line}")
     assert [path.name for path in project.iterdir()] == ["tiny.toml"]
     plan("data_dir = 'inside'")
     for more, line in (

@@ -272,6 +272,7 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
     assert (again.lora_r, again.targets) == (3, ("key",))
 
 
+ONLY_IMDB = "needs --dataset imdb without --data_dir and --offline"
 EXCLUDED = [
     (NOWHERE, "no LoRA target: at least one of --lora_query, --lora_key"),
     ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
@@ -321,15 +322,9 @@ EXCLUDED = [
     ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
     ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),
     ("--dataset financial_phrasebank --offline", "--offline True: no package contains financial_phrasebank"),
-    (
-        "--data_source stanford --offline",
-        "--data_source stanford: needs --dataset imdb without --data_dir and --offline",
-    ),
-    ("--data_source hub --data_dir d", "--data_source hub: needs --dataset imdb without --data_dir and --offline"),
-    (
-        "--data_source hub --dataset financial_phrasebank",
-        "--data_source hub: needs --dataset imdb without --data_dir and --offline",
-    ),
+    ("--data_source stanford --offline", f"--data_source stanford: {ONLY_IMDB}"),
+    ("--data_source hub --data_dir d", f"--data_source hub: {ONLY_IMDB}"),
+    ("--data_source hub --dataset financial_phrasebank", f"--data_source hub: {ONLY_IMDB}"),
     ("--momentum 0.9", "--momentum 0.9: needs an sgd --optimizer"),
     ("--momentum 0 --optimizer adam", "--momentum 0.0: needs an sgd --optimizer"),
     ("--optimizer sgd_nesterov --momentum 0", "--momentum 0.0: must be above 0 with --optimizer sgd_nesterov"),

@@ -52,13 +52,8 @@ def test_the_same_seed_twice_is_refused(tmp_path: Path) -> None:
 
 def test_seeds_of_a_row_differ_in_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", config={"learning_rate": 1e-3, "output_dir": "a", "test": True})
-    write_run(
-        tmp_path,
-        "s",
-        "lora",
-        seed=1,
-        config={"learning_rate": 1e-3, "output_dir": "b", "compile": False, "test": False},
-    )
+    alike = {"learning_rate": 1e-3, "output_dir": "b", "compile": False, "test": False}
+    write_run(tmp_path, "s", "lora", seed=1, config=alike)
     assert len(read_study("s", tmp_path).rows[0].runs) == 2
     write_run(tmp_path, "s", "lora", seed=2, config={"learning_rate": 1e-2})
     assert "row lora but differ in --learning_rate: delete the outdated line" in refusal_of(read_study, "s", tmp_path)
@@ -71,11 +66,9 @@ def test_predictions_are_checked_against_the_result(tmp_path: Path) -> None:
     assert np.array_equal(found.rows, np.arange(100, 160))
     assert np.array_equal(found.correct, correct)
     columns = some(record.predictions)
+    swapped = [1 - label for label in columns["predicted"]]
     for other, said in (
-        (
-            {"predicted": [1 - label for label in columns["predicted"]]},
-            r"accuracy of 20\.0000%, but its result says 80\.0000%",
-        ),
+        ({"predicted": swapped}, r"accuracy of 20\.0000%, but its result says 80\.0000%"),
         ({"row": [7] * 60}, "must name every test text once"),
         ({"row": [], "label": [], "predicted": []}, "must name every test text once"),
     ):

@@ -84,17 +84,13 @@ def test_columns_are_found_where_there_is_only_one_answer(
         assert find_text_column(kinds, taken, "--dataset me/x") == text
 
 
-PAIR, GROUP = {"text_pair_column": "second"}, {"group_column": "by"}
+PAIR, BY = {"text_pair_column": "second"}, {"group_column": "by"}
 UNREADABLE = [
     ("text,label\na,0\nb,1", PAIR, "text_pair_column second: must be a column of .*, which has: text, label"),
     ("text,second,label\na,,0\nb,c,1", PAIR, "text_pair_column second: .* has no text in row 0 "),
     ("premise,second,label\na,b,0", PAIR, "text_column text: must be a column of .*: premise, second, label"),
-    ("text,label\na,0\nb,1", GROUP, "group_column by: must be a column of .*, which has: text, label"),
-    (
-        "text,by,label\na,x,0\nb, ,1",
-        GROUP,
-        "group_column by: .* has no group in row 1 .*: give each such text a group",
-    ),
+    ("text,label\na,0\nb,1", BY, "group_column by: must be a column of .*, which has: text, label"),
+    ("text,by,label\na,x,0\nb, ,1", BY, "group_column by: .* has no group in row 1 .*: give each such text a group"),
 ]
 
 

@@ -106,11 +106,8 @@ def test_without_test_and_validation(cache: Path) -> None:
     assert texts.source == "me/one, held out (Hugging Face hub)"
     assert [len(split.texts) for split in texts.splits.values()] == [32, 4, 4]
     assert texts.label_names == ["0", "1"]
-    write_hub_cache(
-        cache,
-        "me/two",
-        {"train.jsonl": frame(40).to_json(orient="records", lines=True), "test.jsonl": '{"text": "x", "label": -1}'},
-    )
+    train = frame(40).to_json(orient="records", lines=True)
+    write_hub_cache(cache, "me/two", {"train.jsonl": train, "test.jsonl": '{"text": "x", "label": -1}'})
     lists = frame(40).assign(label=[[["a"], ["b"], ["a", "b"], []][i % 4] for i in range(40)])
     hidden = '{"text": "x", "label": []}\n{"text": "y", "label": []}\n'
     content = {"train.jsonl": lists.to_json(orient="records", lines=True), "test.jsonl": hidden}

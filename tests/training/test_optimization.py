@@ -167,14 +167,8 @@ def test_lora_plus_has_the_groups_and_the_steps_of_peft(
     optimizer, variant = kinds
     torch.manual_seed(0)
     folder = tiny_folders[model_type]
-    config = lora_plus(
-        model_name=str(folder),
-        max_length=32,
-        lora_variant=variant,
-        optimizer=optimizer,
-        weight_decay=0.03,
-        learning_rate=0.004,
-    )
+    more = {"lora_variant": variant, "optimizer": optimizer, "weight_decay": 0.03, "learning_rate": 0.004}
+    config = lora_plus(model_name=str(folder), max_length=32, **more)
     ours, theirs = with_peft(folder, tmp_path, config)
     trained = {name: p for name, p in ours.model.named_parameters() if p.requires_grad}
     first = make_optimizer(trained, config.training, fused=False)

@@ -7,7 +7,6 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.strategies import DDPStrategy, launchers
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
 from finetuning.training import trainer
 from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, _strategy, check_processes
 from tests.common import ROOT, check_refusal
@@ -55,31 +54,26 @@ def test_ranks_do_not_send_each_other_buffers(given: dict[str, str], unused: boo
 
 
 SLURM_TASKS = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+SESSION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sys/dashboard", "SLURM_PROCID": "0"}
 
 
 @pytest.mark.parametrize(
-    ("given", "devices", "message"),
+    ("given", "flags", "message"),
     [
-        ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2"}, 1, "--devices 1 --num_nodes 1: torchrun started 2 process"),
-        ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1"}, 3, "torchrun started 2 process"),
-        (SLURM_TASKS, 2, "SLURM needs --ntasks-per-node=2"),
-        ({"RANK": "1"}, 1, "by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process"),
-        ({"SLURM_PROCID": "2", "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "4"}, 1, "or SLURM_PROCID"),
+        ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2"}, {}, "--devices 1 --num_nodes 1: torchrun started 2 process"),
+        ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1"}, {"devices": 3}, "torchrun started 2 process"),
+        (SLURM_TASKS, {"devices": 2}, "SLURM needs --ntasks-per-node=2"),
+        ({"RANK": "1"}, {}, "by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process"),
+        ({"SLURM_PROCID": "2", "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "4"}, {}, "or SLURM_PROCID"),
+        (SESSION, {"num_nodes": 2}, r"--num_nodes 2: SLURM started 1 task\(s\), not 2; use srun"),  # nobody else does
     ],
 )
-def test_processes_that_would_each_train_the_whole_run_are_refused(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], devices: int, message: str
+def test_processes_that_would_each_train_the_whole_run_or_that_nobody_starts_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], flags: dict[str, int], message: str
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    check_refusal(message, check_processes, RunConfig.from_settings(devices=devices).hardware)
-
-
-def test_nobody_starts_the_processes_of_other_nodes_without_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in SESSION.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"--num_nodes 2: SLURM started 1 task\(s\), not 2; use srun"):
-        check_processes(RunConfig.from_settings(num_nodes=2).hardware)
+    check_refusal(message, check_processes, RunConfig.from_settings(**flags).hardware)
 
 
 def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +83,6 @@ def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 PER_NODE = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-SESSION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sys/dashboard", "SLURM_PROCID": "0"}
 
 
 @pytest.mark.parametrize(
