@@ -208,13 +208,17 @@ def _run(
         setattr(sys, f"__{name}__", stream)
     with suppress(OSError):  # the client may have ended
         client.sendall(NUMBER.pack(os.getpid()))  # from here on signals reach the script
-    os.chdir(directory)
-    if environment is not None:
-        os.environ.clear()
-        os.environ.update(environment)
-    sys.argv = words
-    sys.path[0] = str(Path(words[0]).resolve().parent)
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        os.chdir(directory)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.argv = words
+        sys.path[0] = str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
+    except KeyboardInterrupt:  # before the script was ready for it: ends by the signal, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     sys.exit()
 
 

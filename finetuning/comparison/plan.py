@@ -376,7 +376,10 @@ def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise UserError(f"row {run.row}: data_dir {folder}: must be a folder inside the one of --data_dir")
         if run.settings.get("precision") == "fast":
-            raise UserError(f"row {run.row}: precision fast: must be named, because it differs from machine to machine")
+            raise UserError(
+                f"row {run.row}: precision fast: is another one on other machines, and a study needs the same one: give"
+                " int8, bf16 or fp32"
+            )
         try:
             from_flags(run.flags(Path()))
         except UserError as error:

@@ -32,6 +32,7 @@ from finetuning.comparison.rates import rates_table
 from finetuning.comparison.repository import Repository
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
 from finetuning.comparison.tables import (
+    REPORTED,
     answer_table,
     comparison_table,
     main_table,
@@ -141,7 +142,8 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
 
 def study_text(section: Section) -> str:
     """``table.md``: everything about a study."""
-    parts = [f"# {section.study}", section.question, *section.headlines, section.table.markdown(), *section.notes]
+    table = section.table if any(section.table.column(REPORTED)) else section.table.without(REPORTED)
+    parts = [f"# {section.study}", section.question, *section.headlines, table.markdown(), *section.notes]
     if section.comparisons.rows:
         parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
     if section.f1_comparisons.rows:

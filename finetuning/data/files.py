@@ -67,7 +67,7 @@ def not_utf8(path: Path) -> str:
     """What to say of a file that is not UTF-8, and what to do."""
     with opened(path) as file:
         zipped = file.read(4) == b"PK\3\4"
-    return "is an Excel file or an archive: save it as CSV in UTF-8" if zipped else "is not UTF-8: convert it"
+    return "is an Excel file or an archive: save it as CSV in UTF-8" if zipped else "is not UTF-8: convert it (iconv)"
 
 
 def shown_columns(columns: Iterable[object]) -> str:

@@ -116,6 +116,8 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     if len(kinds) > 1 or not kinds <= {str, int}:
         raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
     names = [str(value) for value in sorted(set(values))] if source.label_names is None else list(source.label_names)
+    joined = [name for name in names for mark in SEPARATORS if mark in name and set(name.split(mark)) <= set(names)]
+    hint = [f"warning: label {joined[0]!r} consists of other labels: is there another separator?"] if joined else []
     known: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (name, i)}
     if source.label_names is None:
         known = {value: i for i, value in enumerate(sorted(set(values)))}
@@ -136,7 +138,7 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
         split: table.assign(label=strata[split].to_numpy(), labels=labels[split].array)
         for split, table in source.tables.items()
     }
-    return names, dataclasses.replace(source, tables=tables)
+    return names, dataclasses.replace(source, tables=tables, notes=[*source.notes, *hint])
 
 
 def unseen_labels(splits: dict[str, pd.DataFrame], names: list[str]) -> list[str]:

@@ -114,7 +114,8 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: D
     counts = table.label.value_counts()
     if counts.min() < len(shares) and "labels" not in table:
         usual = "add texts of it, leave it out, or give a validation and a test split of your own"
-        doubt = doubt_about([names[i] for i in counts.index], len(table))
+        others = [names[i] for i in counts.index.drop(counts.idxmin())]
+        doubt = misspelled(names[counts.idxmin()], others) or doubt_about([names[i] for i in counts.index], len(table))
         raise UserError(
             f"--label_column {data.label_column}: class {names[counts.idxmin()]!r} has {counted(counts.min(), 'text')}:"
             f" must be at least {len(shares)} for a stratified split: {doubt or usual}"
@@ -219,11 +220,12 @@ def contradictions(train: pd.DataFrame) -> list[str]:
 
 
 def wordless(train: pd.DataFrame) -> list[str]:
-    """A warning if at least half of the texts have no letter, as when a column of numbers was given; else empty."""
-    share = 1 - train.text.str.contains(r"[^\W\d_]").mean()
+    """A warning if at least half of the texts are numbers or ids, as if another column was given; else empty."""
+    share = train.text.str.fullmatch(r"[\W\d_]*|\s*[!-~]*\d[!-~]*\s*").mean()
     if share < MANY_WORDLESS:
         return []
-    return [f"warning: {share:.0%} of the training texts have no letter: is --text_column the column that you mean?"]
+    what = "have no letter, or are one word with a digit"
+    return [f"warning: {share:.0%} of the training texts {what}: is --text_column the column that you mean?"]
 
 
 def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[dict[str, pd.DataFrame], int, list[str]]:

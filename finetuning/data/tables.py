@@ -45,7 +45,7 @@ def split_files(folder: Path) -> dict[str, Path]:
     if not found["train"]:
         wanted = f"train with one of the endings {allowed_endings()} (or, for imdb, an aclImdb folder)"
         tables = [path.name for path in _other_tables(folder) if path.is_file()]
-        single = f", or give the file itself, --data_dir {folder / tables[0]}" if len(tables) == 1 else ""
+        single = f", or give a file itself, as --data_dir {folder / tables[0]}" if tables else ""
         raise UserError(f"--data_dir {folder}: must contain {wanted}{single}")
     for split, paths in found.items():
         if len(paths) > 1:

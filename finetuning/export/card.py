@@ -103,6 +103,11 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
     data = run.config.data
     breaks = traits_of(data.dataset).line_breaks
     notes = [f"Before training, `{breaks}` in a text was replaced by a space: do the same."] if breaks else []
+    notes += [
+        f"The run had `--{name} {value}`: these columns, in this order, joined with a space. Give such texts."
+        for name in ("text_column", "text_pair_column")
+        if "," in (value := getattr(data, name) or "")
+    ]
     if data.windows > 1:
         plain = _library(folder) == "transformers"
         way = "this folder" if plain else "texts with the run's directory"

@@ -72,7 +72,11 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     if arguments.data_dir is not None:
         config = config.changed(data_dir=arguments.data_dir, data_source=None)
     tokenizer = load_tokenizer(base)
-    texts = load_texts(config.data, config.run.offline)
+    try:
+        texts = load_texts(config.data, config.run.offline)
+    except UserError as error:
+        way = "" if arguments.data_dir is not None else ": start where the run did, or give --data_dir PATH"
+        raise UserError(f"{run.directory}: the texts of the run cannot be read: {error}{way}") from None
     kept = {name: split for name, split in texts.splits.items() if name in answers}  # without train
     texts = replace(texts, splits=kept)
     tokens = tokenize(texts, tokenizer, config.data)

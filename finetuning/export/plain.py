@@ -35,10 +35,10 @@ from finetuning.models.fused import join_linears
 from finetuning.models.lora import merge_lora, plain_linear
 from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.runs.answers import MOST_PROBABLE, Rule
-from finetuning.settings import WINDOWED
+from finetuning.settings import COLUMNS, WINDOWED
 
 # what an exported config says of its run
-OF_A_RUN = ("windows", "text_pairs", "line_breaks", "threshold", "positive_label")
+OF_A_RUN = ("windows", "text_pairs", "line_breaks", *COLUMNS, "threshold", "positive_label")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +63,9 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> list[s
     write_tokenizer(folder, tokenizer, data.max_length)
     model.config.text_pairs = data.text_pair_column is not None  # predict.py reads these, Transformers keeps them
     model.config.line_breaks = traits_of(data.dataset).line_breaks
+    for name in COLUMNS:
+        if (value := getattr(data, name)) is not None:
+            setattr(model.config, name, value)
     if data.windows > 1:
         model.config.windows = {name: getattr(data, name) for name in WINDOWED}
     write_model(folder, model, DTYPES[dtype], held.stored.rule)

@@ -27,6 +27,7 @@ class AnswerColumns:
     # how sure an answer is, which is then a column; ``None`` if nobody asks for it
     confidence: Confidence | None = None
     to_check: bool = False  # whether somebody will label these texts: the column ``label`` stays free for that
+    separator: str | None = None  # what separated the labels of a text in training; ``None`` if nothing did
 
     @property
     def columns(self) -> dict[str, type]:
@@ -40,8 +41,10 @@ class AnswerColumns:
         return first | {name: kind for pair in best for name, kind in pair.items()}
 
     def spelled(self, labels: Sequence[str]) -> str:
-        """A list of labels in a cell of text: joined by commas, or as JSON if one of the names has a comma."""
-        return json.dumps(labels, ensure_ascii=False) if labels and self._commas else ",".join(labels)
+        """A list of labels in a cell of text: as in training, else joined by commas; as JSON if a name has a comma."""
+        if self.separator is None and labels and self._commas:
+            return json.dumps(labels, ensure_ascii=False)
+        return (self.separator or ",").join(labels)
 
     @cached_property
     def _commas(self) -> bool:
@@ -97,7 +100,7 @@ def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -
     if top_k is not None and top_k > count:
         raise UserError(f"--top_k {top_k}: {trained.directory} has {count} labels, so at most {count}")
     rule = trained.rule if threshold is None else replace(trained.rule, threshold=threshold)
-    return AnswerColumns(trained.label_names, rule, top_k)
+    return AnswerColumns(trained.label_names, rule, top_k, separator=trained.config.data.label_separator)
 
 
 def names_beside(columns: Collection[str], taken: Collection[str]) -> list[str]:

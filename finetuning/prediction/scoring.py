@@ -119,6 +119,9 @@ class Score:
 
     def _no_label(self, label: str) -> UserError:
         hint = misspelled(label, self._places) or ", ".join(self._places)
+        for mark in SEPARATORS if self._multi_label else ():
+            if mark in label and all(part.strip() in self._places for part in label.split(mark)):
+                hint = f"give --label_separator {mark!r}"
         return UserError(f"--label_column {self.column}: {label!r} is none of the classifier's labels: {hint}")
 
     def _meant(self, label: str) -> bool:

@@ -15,7 +15,7 @@ from finetuning.errors import UserError, as_user_error
 from finetuning.runs.answers import MOST_PROBABLE, Rule
 from finetuning.runs.files import ADAPTER_CONFIG, RESULT, SETTINGS
 from finetuning.runs.finished import read_finished
-from finetuning.settings import DEFAULT_THRESHOLD, WINDOWED
+from finetuning.settings import COLUMNS, DEFAULT_THRESHOLD, WINDOWED
 from finetuning.storage import read_json
 
 MODEL_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"  # of Hugging Face
@@ -109,9 +109,13 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
 
 
 def _reading(content: dict[str, Any]) -> dict[str, Any]:
-    """How long texts are read: as the run did if it used windows, else as a pipeline does."""
+    """How tables and long texts are read: as the run did if it says so, else as a pipeline does."""
     windows = content.get("windows")  # export_model.py writes it
-    return windows if isinstance(windows, dict) and set(windows) == set(WINDOWED) else {"truncation": "head"}
+    long = windows if isinstance(windows, dict) and set(windows) == set(WINDOWED) else {"truncation": "head"}
+    columns = {name: content[name] for name in COLUMNS if isinstance(content.get(name), str) and content[name]}
+    if content.get("problem_type") != MULTI_LABEL:
+        columns.pop("label_separator", None)
+    return long | columns
 
 
 def _json(directory: Path, name: str) -> dict[str, Any]:

@@ -197,5 +197,6 @@ def _joined(words: Sequence[str]) -> str:
 def _callable(name: str, path: Path) -> str:
     """How to call a program: its name, or its path if the shell finds no or another one (the venv is not active)."""
     found = shutil.which(name)
-    same = found is not None and Path(found).absolute().parent == path.absolute().parent
-    return name if same else os.path.relpath(path)
+    if found is not None and Path(found).absolute().parent == path.absolute().parent:
+        return name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

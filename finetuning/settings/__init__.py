@@ -6,7 +6,7 @@ excludes each other; both get every setting. ``config.py`` builds all sections f
 torch, so a wrong flag fails at once.
 """
 
-from finetuning.settings.data import CUTTING, WINDOWED, DataSettings, check_data_dir
+from finetuning.settings.data import COLUMNS, CUTTING, WINDOWED, DataSettings, check_data_dir
 from finetuning.settings.fields import Flag, Values, flags
 from finetuning.settings.hardware import HardwareSettings, excludes_int8
 from finetuning.settings.method import (

@@ -10,6 +10,7 @@ from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
 CUTTING = ("max_length", "truncation", "windows", "window_overlap")  # decide which tokens of a text are read
+COLUMNS = ("text_column", "text_pair_column", "label_separator")  # how a table is read, also to predict
 WINDOWED = ("windows", "window_overlap", "window_pooling", "truncation")  # how a long text is read, besides its length
 
 

@@ -279,7 +279,8 @@ def work(folder: Path, jobs: int) -> int:
             final = search.run()
     if current.stopping:
         resumed = called("compare", "tune", "--resume", "--output_dir", folder)
-        say(f"interrupted; continue with: {resumed}\n{folder / BEST_RUN} is made when the search ends")
+        when = "is the one of the search until then, and replaced" if (folder / BEST_RUN).exists() else "is made"
+        say(f"interrupted; continue with: {resumed}\n{folder / BEST_RUN} {when} when the search ends")
         return 130
     if final is None:
         return 1

@@ -291,7 +291,7 @@ REFUSED = [
     ("[axes]\nseed = [1]\n[sample]\nsize = 2", "[sample] size: unknown key"),
     ('[[rows]]\nname = "a"\nreported = "89 %"', "row a: reported '89 %': must be an accuracy in %"),
     ('[[rows]]\nname = "a"\nreported = 101', "row a: reported 101: must be an accuracy in %, from 0 to 100"),
-    ('[[rows]]\nname = "a"\nprecision = "fast"', "row a: precision fast: must be named"),
+    ('[[rows]]\nname = "a"\nprecision = "fast"', "row a: precision fast: is another one on other machines"),
     ("question = 3", "cannot be read"),  # a second one
 ]
 

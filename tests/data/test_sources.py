@@ -209,7 +209,7 @@ BAD_FILES = [
     (CSV, "text , label\nx,a\n", r"--text_column text: must be a column of .* has: 'text ', ' label'$"),
     (CSV, rows_of(*(f"x,{i}" for i in range(25))), r"column label: .* 45 texts have 27 different labels: if"),
     (CSV, "PK\3\4 of Excel \udcd0", "is an Excel file or an archive: save it as CSV in UTF-8, or give"),
-    (CSV, "d\udce9j\udce0 vu", "is not UTF-8: convert it, or give other data"),
+    (CSV, "d\udce9j\udce0 vu", r"is not UTF-8: convert it \(iconv\), or give other data"),
     (CSV, '"a film\nand its sequel' + " or more" * 9 + '",b\nx,a\n', r"which has: a film and its .*\.\.\., b$"),
     (CSV, "text,label\n", "has no rows"),
     (CSV, "", "is empty: give other data"),
@@ -226,7 +226,7 @@ BAD_FILES = [
     (JSONL, '{"text": "x", "label": 0}\n[1, 2]', "cannot be read"),
     ("train.json", "[1, 2]", "element 1 must be an object"),
     ("train.parquet", "PAR1 nonsense PAR1", "cannot be read"),
-    ("other.csv", rows_of(), r"must contain train with .*, or give the file itself, --data_dir .*other\.csv$"),
+    ("other.csv", rows_of(), r"must contain train with .*, or give a file itself, as --data_dir .*other\.csv$"),
 ]
 
 

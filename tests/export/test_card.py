@@ -81,13 +81,18 @@ def test_a_base_model_in_a_folder_is_named_from_anywhere(tmp_path: Path, monkeyp
     assert recorded_base(loaded("distilbert-base-uncased")) == "distilbert-base-uncased"
 
 
-@pytest.mark.parametrize(("dataset", "notes"), [("imdb", 1), ("text", 0), ("owner/name", 0)])
-def test_how_texts_must_be_given(tmp_path: Path, dataset: str, notes: int) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "columns", "notes"),
+    [("imdb", {}, 1), ("text", {}, 0), ("text", {"text_column": "subject,body"}, 1), ("owner/name", {}, 0)],
+)
+def test_how_texts_must_be_given(tmp_path: Path, dataset: str, columns: dict[str, str], notes: int) -> None:
     (tmp_path / "model.safetensors").touch()
     where = {} if "/" in dataset else {"data_dir": tmp_path}
-    config = RunConfig.from_settings(dataset=dataset, **where)
+    config = RunConfig.from_settings(dataset=dataset, **where, **columns)
     run: Any = SimpleNamespace(config=config, label_names=["a", "b"])
-    assert len(_reading(run, tmp_path)["notes"]) == notes
+    found = _reading(run, tmp_path)["notes"]
+    assert len(found) == notes
+    assert all(f"--text_column {column}" in found[0] for column in columns.values())
 
 
 def test_where_lora_is() -> None:

@@ -131,6 +131,9 @@ def test_multi_label_answers_in_text_are_separated(table: Path) -> None:
     answers = AnswerColumns(["bad", "good"], Rule(0.3))
     found = read_frame(write(table, table.with_name("out.tsv"), answers))
     assert found.predicted_label.tolist() == ["good", *["bad,good"] * 4]
+    answers = AnswerColumns(["bad", "good"], Rule(0.3), separator="; ")
+    found = read_frame(write(table, table.with_name("as_trained.csv"), answers))
+    assert found.predicted_label.tolist() == ["good", *["bad; good"] * 4], "so that it can be trained on"
     answers = AnswerColumns(["bad, or so", "good"], Rule(0.3))
     found = read_frame(write(table, table.with_name("comma.csv"), answers))
     assert found.predicted_label.tolist() == ['["good"]', *['["bad, or so", "good"]'] * 4]

@@ -89,9 +89,9 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
     ("a.txt", b"", "contains no text"),
     ("a.txt", b"\n  \n", "contains no text"),
     ("a.csv", b"text\n", "contains no text"),
-    ("a.txt", b"fine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
+    ("a.txt", b"fine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it (iconv)"),
     ("a.txt", b"d\xe9j\xe0 vu", "is not UTF-8"),
-    ("a.csv", b"text\nfine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
+    ("a.csv", b"text\nfine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it (iconv)"),
     ("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8"),
     ("a.xlsx", b"PK\3\4 \xd0", "is an Excel file or an archive: save it as CSV in UTF-8"),
     (

@@ -159,9 +159,9 @@ def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) ->
             None,
             "'Spam' is none of the classifier's labels: it is 'Spam', and the other 'spam': spell them alike",
         ),
-        (["0,1", "1"], ";", "'0,1' is none of the classifier's labels: 0, 1, spam"),
+        (["0,1", "1"], ";", "'0,1' is none of the classifier's labels: give --label_separator ','"),
         ([["x"]], None, "'x' is none of the classifier's labels: 0, 1, spam"),
-        (["0,1"], ";", "'0,1' is none of the classifier's labels: 0, 1, spam"),
+        (["0,1,x"], ";", "'0,1,x' is none of the classifier's labels: 0, 1, spam"),
         (["", " ; "], ";", "has no label: leave it out"),
     ],
 )

@@ -45,6 +45,15 @@ def test_an_exported_folder_of_a_run_with_windows(tmp_path: Path) -> None:
         assert read_trained(folder(tmp_path, CONFIG | {"windows": other})).config.data.windows == 1
 
 
+def test_an_exported_folder_reads_the_columns_of_its_run(tmp_path: Path) -> None:
+    several = CONFIG | {"problem_type": "multi_label_classification"}
+    own = {"text_column": "subject,body", "text_pair_column": "answer", "label_separator": ";"}
+    data = read_trained(folder(tmp_path, several | own)).config.data
+    assert {name: getattr(data, name) for name in own} == own
+    data = read_trained(folder(tmp_path, CONFIG | own | {"text_column": 3})).config.data
+    assert (data.text_column, data.label_separator) == ("text", None), "of another program"
+
+
 def test_an_exported_folder_reads_the_line_breaks_of_its_run(tmp_path: Path) -> None:
     assert read_trained(folder(tmp_path, CONFIG | {"line_breaks": "<br />"})).clean("a<br />b") == "a b"
     for other in ({}, {"line_breaks": ""}, {"line_breaks": 3}):

@@ -17,7 +17,7 @@ def test_thresholds_of_validation_are_applied_to_the_other_split() -> None:
     confidence = np.linspace(0.99, 0.51, 400)
     validation = answers(confidence, np.arange(400) < 200)  # wrong from the 201st on
     rows = risk_table(validation, answers(confidence[::2], np.arange(200) < 99), "test", 1).rows
-    assert rows[0][1].startswith("validation is too small or too often wrong; it can show ")
+    assert rows[0][1].startswith("validation is too small or too often wrong: it can show ")
     risk, least, covered, wrong = rows[2]
     assert risk == "5.00 %"
     assert confidence[204] < float(least) <= confidence[203], "4 wrong answers are allowed"
