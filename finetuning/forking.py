@@ -215,10 +215,10 @@ def _run(
             os.environ.update(environment)
         sys.argv = words
         sys.path[0] = str(Path(words[0]).resolve().parent)
-        runpy.run_path(words[0], run_name="__main__")
-    except KeyboardInterrupt:  # before the script was ready for it: ends by the signal, without a traceback
+    except KeyboardInterrupt:  # before the script could hear it: ends by the signal, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+    runpy.run_path(words[0], run_name="__main__")
     sys.exit()
 
 

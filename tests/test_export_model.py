@@ -113,6 +113,8 @@ def test_a_run_becomes_a_folder_that_proves_itself(run: Path, reviews_model: tup
     files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == files | ({"onnx"} if WITH_ONNX else set())
     assert [path.name for path in out.parent.iterdir()] == ["reviews-model"]
+    config = read_json(out / "config.json")
+    assert (config["text_column"], config.get("label_separator")) == ("text", None), "predict.py reads tables by these"
     classify = pipeline("text-classification", model=str(out), top_k=None, truncation=True)
     answers: Any = classify(["superb acting, a joy"])
     answer = {entry["label"]: entry["score"] for entry in answers[0]}

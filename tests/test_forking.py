@@ -108,7 +108,6 @@ def test_signals_end_a_child_and_not_the_server(server: ForkServer, tmp_path: Pa
         child.wait(0.01)
     child.send_signal(number)  # at once: none is lost
     assert child.wait(PATIENCE_SECONDS) == -number
-    assert (tmp_path / "err").read_text() == "", "no traceback, also before the script begins"
     if number != signal.SIGKILL:
         os.kill(server._process.pid, number)  # as SLURM does
     assert start(server, tmp_path, "").wait() == 0

@@ -14,7 +14,7 @@ from finetuning.data.texts import LabelledTexts, Pool, TextData
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
-LARGE_FOLD = 2  # times the mean size of the folds
+LARGE_FOLD, MOST_OF_THEM = 2, 0.75  # times the mean size of the folds; of all texts, where folds are few
 
 
 def with_folds(texts: TextData, data: DataSettings) -> TextData:
@@ -81,10 +81,11 @@ def fold_numbers(
         found = group_folds(strata, train.groups, [1] * count, seed)
         why = "belong to few groups: label texts of other groups, or leave the class out"
     warnings = []
-    if (largest := int(np.bincount(found).max())) > LARGE_FOLD * len(found) / count:
+    if (largest := int(np.bincount(found).max())) > min(LARGE_FOLD / count, MOST_OF_THEM) * len(found):
+        why_large = "copies" if train.groups is None else "groups"
         warnings.append(
-            f"warning: {largest:,} of {len(found):,} training texts are in one fold, because groups stay whole: the run"
-            f" that validates on it trains on {len(found) - largest:,}"
+            f"warning: {largest:,} of {len(found):,} training texts are in one fold, because {why_large} stay together:"
+            f" the run that validates on it trains on {len(found) - largest:,} at most"
         )
     if copies := int((pd.Series(found).groupby(codes).transform("nunique") > 1).sum()):
         warnings.append(f"{copies} training texts have copies in groups of other folds, which train without them")
@@ -114,9 +115,9 @@ def _known(codes: np.ndarray, held_out: np.ndarray) -> np.ndarray:
 def group_folds(strata: np.ndarray, groups: np.ndarray, sizes: Sequence[float], seed: int) -> np.ndarray:
     """The fold of each text, (n,) from 1 on. No group is in two folds.
 
-    One group after another, the largest first, goes to the fold that then leaves the squared shares of all classes, and
-    of all texts, each divided by the size of its fold, with the smallest sum: it spreads them evenly, as far as whole
-    groups can. With equal sizes no fold is empty.
+    One group after another, the largest first, goes to the fold where the squared shares of all classes, and of all
+    texts, divided by the fold's size, then grow least: it spreads them evenly, as far as whole groups can. The texts
+    weigh as much as all classes. With equal sizes no fold is empty.
 
     Args:
         strata: (n,) int class of each text.
@@ -128,12 +129,13 @@ def group_folds(strata: np.ndarray, groups: np.ndarray, sizes: Sequence[float], 
     places = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1])
     totals = np.append(np.bincount(strata), len(strata)).clip(1)
     order = np.random.default_rng(seed).permutation(len(places))
+    weights = np.append(np.ones(len(totals) - 1), len(totals) - 1)
     wanted, found = np.asarray(sizes), np.empty(len(strata), dtype=np.int64)
     filled = np.zeros((len(wanted), len(totals)))
     for group in sorted(order, key=lambda group: -len(places[group])):
         texts = places[group]
         share = np.append(np.bincount(strata[texts], minlength=len(totals) - 1), len(texts)) / totals
-        fold = np.argmin((2 * filled @ share + share @ share) / wanted)  # the growth of (x + share)^2 / size
+        fold = np.argmin((2 * filled + share) @ (weights * share) / wanted)  # the growth of (x + share)^2 / size
         filled[fold] += share
         found[texts] = fold + 1
     return found

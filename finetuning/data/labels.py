@@ -116,7 +116,9 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     if len(kinds) > 1 or not kinds <= {str, int}:
         raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
     names = [str(value) for value in sorted(set(values))] if source.label_names is None else list(source.label_names)
-    joined = [name for name in names for mark in SEPARATORS if mark in name and set(name.split(mark)) <= set(names)]
+    parts = {(name, mark): {part.strip() for part in name.split(mark)} for name in names for mark in SEPARATORS}
+    known_names = set(names) if data.label_separator is not None else set()
+    joined = [name for (name, mark), own in parts.items() if mark in name and own <= known_names]
     hint = [f"warning: label {joined[0]!r} consists of other labels: is there another separator?"] if joined else []
     known: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (name, i)}
     if source.label_names is None:

@@ -57,7 +57,9 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     splits, note = with_unseen_test(splits, given)
     notes += [*shared, *note, *source.notes]
     if "group" in before:
-        notes.append("intervals and risks count texts as independent: texts of one group are not, so they say too much")
+        notes.append(
+            "intervals and risks count texts as independent; those of one group are not: the truth is less certain"
+        )
     kept = limited(splits, data)
     if "labels" in splits["train"]:
         notes += [STRATIFIED, *unseen_labels(splits | {"train": kept["train"]}, names)]

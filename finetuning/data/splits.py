@@ -1,7 +1,7 @@
 """Splits of labelled texts: label codes, stratified parts, removal of leaks, limits."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,18 +140,31 @@ def numbered_groups(source: Source) -> Source:
 
 def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSettings) -> list[pd.DataFrame]:
     """As ``_parts``, with no group in two parts, refused if train would lack a class, or a part half of its texts."""
-    places = group_folds(table.label.to_numpy(), table.group.to_numpy(), shares, data.data_seed)
-    parts = [table[places == part] for part in range(1, len(shares) + 1)]
-    lacks = "labels" not in table and parts[0].label.nunique() < table.label.nunique()  # multi-label: train may
-    if lacks or any(
-        2 * len(part) < len(table) * share / sum(shares) for part, share in zip(parts, shares, strict=True)
-    ):
-        raise UserError(
-            f"--group_column {data.group_column}: {table.group.nunique()} groups are too few or too unequal for parts"
-            f" {':'.join(map(str, shares))} that share none: a part would lack a class or half of its texts: give"
-            " validation and test files of your own, or leave it out"
-        )
-    return parts
+    labels, least = table.label.to_numpy(), len(table) * np.array(shares) / sum(shares) / 2
+    for places in _grouped_cuts(labels, table.group.to_numpy(), shares, data.data_seed):
+        parts = [table[places == part] for part in range(1, len(shares) + 1)]
+        complete = "labels" in table or parts[0].label.nunique() == table.label.nunique()  # multi-label: may lack one
+        if complete and all(least <= [len(part) for part in parts]):
+            return parts
+    raise UserError(
+        f"--group_column {data.group_column}: {table.group.nunique()} groups are too few or too unequal for parts"
+        f" {':'.join(map(str, shares))} that share none: a part would lack a class or half of its texts: give"
+        " validation and test files of your own, or leave it out"
+    )
+
+
+def _grouped_cuts(labels: np.ndarray, groups: np.ndarray, shares: Sequence[int], seed: int) -> Iterator[np.ndarray]:
+    """The part of each text, (n,) from 1 on: first all groups are dealt to the parts, which a large group needs.
+
+    That may keep all groups of a rare class in train. So the second cut holds out some of ten equal folds.
+    """
+    yield group_folds(labels, groups, shares, seed)
+    count = sum(shares) // shares[-1]
+    folds = group_folds(labels, groups, [1] * count, seed)
+    nearest = np.argsort(np.abs(np.bincount(folds, minlength=count + 1)[1:] - len(labels) / count), kind="stable")
+    part_of_fold = np.ones(count, dtype=np.int64)
+    part_of_fold[nearest[: len(shares) - 1]] = np.arange(2, len(shares) + 1)
+    yield part_of_fold[folds - 1]
 
 
 def _carved(tables: dict[str, pd.DataFrame], names: list[str], data: DataSettings) -> list[pd.DataFrame]:
@@ -165,7 +178,11 @@ def _carved(tables: dict[str, pd.DataFrame], names: list[str], data: DataSetting
             f"--group_column {data.group_column}: each group of train is in {' or '.join(set(tables) - {'train'})}, so"
             " none is left to train on: leave out this flag, or those texts"
         )
-    kept, carved = _parts(train[~shared], (90, 10), names, data)
+    try:
+        kept, carved = _parts(train[~shared], (90, 10), names, data)
+    except UserError as error:
+        beside = f" ({shared.sum()} training texts share a group with another file, and do not count)"
+        raise UserError(f"{error}{beside if shared.any() else ''}") from None
     return [pd.concat([kept, train[shared]]).sort_index(), carved]  # without_leaks removes and counts those
 
 
@@ -221,7 +238,9 @@ def contradictions(train: pd.DataFrame) -> list[str]:
 
 def wordless(train: pd.DataFrame) -> list[str]:
     """A warning if at least half of the texts are numbers or ids, as if another column was given; else empty."""
-    share = train.text.str.fullmatch(r"[\W\d_]*|\s*[!-~]*\d[!-~]*\s*").mean()
+    texts = train.text.str.strip()
+    ids = ~texts.str.contains(r"\s") & texts.str.contains(r"\d") & texts.map(str.isascii)
+    share = (ids | ~texts.str.contains(r"[^\W\d_]")).mean()
     if share < MANY_WORDLESS:
         return []
     what = "have no letter, or are one word with a digit"

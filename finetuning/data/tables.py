@@ -1,7 +1,6 @@
 """Tables of texts and labels: the file of each split, and the checks of its rows."""
 
 import json
-import unicodedata
 from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
@@ -134,16 +133,23 @@ def _groups(table: pd.DataFrame, path: Path | str, column: str) -> Any:
     flag = f"--group_column {column}"
     if column not in table.columns:
         raise UserError(f"{flag}: must be a column of {path}, which has: {shown_columns(table.columns)}")
-    values = table[column].astype(object)
-    if values.map(lambda value: isinstance(value, list | tuple | dict | np.ndarray)).any():
+    values = table[column]
+    if values.dtype == object and values.map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
         raise UserError(f"{flag}: column {column} of {path} holds lists or objects: must be one name or number a row")
-    names = values.map(lambda value: str(float(value) if isinstance(value, Decimal) else value).strip())
-    names = names.map(lambda name: unicodedata.normalize("NFC", name))  # one letter may be written in two ways
+    names = values.map(_without_zeros).astype(str) if values.dtype == object else values.astype(str)
+    names = names.str.strip().str.normalize("NFC")  # one letter may be written in two ways
     missing = values.isna() | (names == "")
     _refuse_rows(table.index[missing.to_numpy(bool)], "group", flag, path, "give each such text a group of its own")
     numbers = {name: as_number(name) for name in names.unique()}
     whole = {name: str(int(n)) for name, n in numbers.items() if isinstance(n, float) and n.is_integer()}
     return names.map({name: whole.get(name, name) for name in numbers}).array
+
+
+def _without_zeros(value: Any) -> Any:
+    """A decimal number without zeros at its end, as others are written; another value as it is."""
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return int(value)
+    return value
 
 
 def shortest_numbers(label: pd.Series) -> pd.Series:

@@ -104,7 +104,7 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
     breaks = traits_of(data.dataset).line_breaks
     notes = [f"Before training, `{breaks}` in a text was replaced by a space: do the same."] if breaks else []
     notes += [
-        f"The run had `--{name} {value}`: these columns, in this order, joined with a space. Give such texts."
+        f"The run had `--{name} {value}`: several columns are joined with a space, in this order. Give such texts."
         for name in ("text_column", "text_pair_column")
         if "," in (value := getattr(data, name) or "")
     ]

@@ -75,7 +75,8 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     try:
         texts = load_texts(config.data, config.run.offline)
     except UserError as error:
-        way = "" if arguments.data_dir is not None else ": start where the run did, or give --data_dir PATH"
+        moved = arguments.data_dir is None and config.data.data_dir is not None
+        way = ": start where the run did, or give --data_dir PATH" if moved else ""
         raise UserError(f"{run.directory}: the texts of the run cannot be read: {error}{way}") from None
     kept = {name: split for name, split in texts.splits.items() if name in answers}  # without train
     texts = replace(texts, splits=kept)

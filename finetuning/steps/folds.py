@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.errors import Interrupted, TrainingFailed, Unheard, counted, say
+from finetuning.errors import Interrupted, TrainingFailed, Unheard, UserError, counted, say
 from finetuning.runs.answers import joined
 from finetuning.runs.directory import fold_directories
 from finetuning.runs.files import SETTINGS, read_status
@@ -113,6 +113,8 @@ def _joined(inputs: Inputs, runs: list[FinishedRun]) -> Folds:
     answers = joined([read_own_answers(run)["validation"] for run in runs])
     pool, order = inputs.splits["train"], np.argsort(answers.rows)
     answers, labels = answers.taken(order), pool.labels[np.argsort(pool.rows)]
+    if not np.array_equal(answers.rows, np.sort(pool.rows)):  # versions that did not record the cut may have begun
+        raise UserError("--kfold: its runs are of different cuts into folds: start the run over with --overwrite")
     logits = answers.logits.astype(np.float32)
     inputs.task.tune(labels, logits)
     scores = all_scores(inputs.task, labels, logits, float(answers.losses.mean()))

@@ -84,10 +84,13 @@ class Search:
         """
         budget, ended = self.budget, sum(trial.state is not None for trial in self.trials.all())
         print(f"search in {self.folder}: {ended} trials ended{limits_text(budget)}", flush=True)
-        number, what = 0, "trial 0 is the default; its progress"
         if ended:
-            number, what = max(self.trials.numbers()) + 1, "the progress of another trial, if there is time for one"
-        print(f"{what}: {self.trials.place(number).log}", flush=True)
+            print(
+                f"the progress of each run is in its .log in {self.folder / TRIALS} and {self.folder / LAST}",
+                flush=True,
+            )
+        else:
+            print(f"trial 0 is the default; its progress: {self.trials.place(0).log}", flush=True)
         with self.starter:
             while (final := self._round()) is not None and final != self.decided():
                 pass  # meanwhile, another worker has added minutes or trials

@@ -106,6 +106,14 @@ def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
     assert "warning: no training text has the label c, d, but other texts have it" in read(tmp_path).notes
 
 
+def test_labels_with_two_separators_bring_a_warning(tmp_path: Path) -> None:
+    """As if texts that predict.py has labelled were added to others."""
+    rows = "".join(f"text {i},{label}\n" for i, label in enumerate(["a;b", '"a, b"', "a", "b"] * 10))
+    write_texts(tmp_path, f"text,label\n{rows}")
+    said = "warning: label 'a, b' consists of other labels: is there another separator?"
+    assert said in read(tmp_path, label_separator=";").notes
+
+
 @pytest.mark.parametrize(
     ("labels", "doubt"),
     [

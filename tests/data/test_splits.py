@@ -129,6 +129,8 @@ def test_no_group_is_in_two_parts_of_a_table(tmp_path: Path, several: bool) -> N
         assert [len(part) for part in groups] == [64, 8, 8]
         assert sum(len(part) for part in groups) == len(set.union(*groups))
         assert set(some(splits["test"].groups)) == groups[2]
+    notes = texts_of(text_config(tmp_path, group_column="patient")).notes
+    assert any("texts as independent; those of one group are not" in note for note in notes)
 
 
 def test_a_large_group_trains_and_each_class_as_well(tmp_path: Path) -> None:
@@ -140,6 +142,18 @@ def test_a_large_group_trains_and_each_class_as_well(tmp_path: Path) -> None:
         assert set(range(300)) <= set(splits["train"].rows)
         assert set(splits["train"].labels) == {0, 1, 2}
         assert all(len(splits[name].texts) in range(38, 43) for name in ("validation", "test"))
+
+
+@pytest.mark.parametrize(("classes", "of_each"), [(5, 2), (10, 3), (10, 4), (50, 4)])
+def test_groups_of_one_class_are_cut(tmp_path: Path, classes: int, of_each: int) -> None:
+    """As of authors, or of patients and their diagnosis."""
+    table = frame(10 * classes * of_each)
+    group = np.arange(len(table)) // 10
+    table.assign(by=group, label=group % classes).to_parquet(tmp_path / "train.parquet")
+    splits = texts_of(text_config(tmp_path, group_column="by")).splits
+    shares = [len(split.texts) / len(table) for split in splits.values()]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.06)
+    assert len(set(splits["train"].labels)) == classes
 
 
 UNEVEN = [
@@ -192,7 +206,12 @@ def test_a_test_that_is_cut_has_no_group_of_a_validation_that_was_given(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("train", "test"), [(lambda i: Decimal(f"{i}.00"), "1"), (lambda i: f"Jos\u00e9 {i}", "Jose\u0301 1")]
+    ("train", "test"),
+    [
+        (lambda i: Decimal(f"{i}.00"), "1"),
+        (lambda i: Decimal(2**60 + i), str(2**60 + 1)),
+        (lambda i: f"Jos\u00e9 {i}", "Jose\u0301 1"),
+    ],
 )
 def test_a_group_has_one_name_in_every_form(tmp_path: Path, train: Callable[[int], Any], test: str) -> None:
     frame(100).assign(by=[train(i // 5) for i in range(100)]).to_parquet(tmp_path / "train.parquet")

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,9 +28,9 @@ from finetuning.prediction.command import main as predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
 from finetuning.runs.messages import TO_REPORT, TUNED, called, same_epoch_lines
-from finetuning.runs.records import accuracy_interval
+from finetuning.runs.records import accuracy_interval, data_hashes
 from finetuning.runs.scores import mean_interval
-from finetuning.steps import read_inputs
+from finetuning.steps import claim, read_inputs
 from finetuning.steps.baseline import compare_with_baseline, of_folds
 from finetuning.steps.folds import means, time_left
 from finetuning.training.callbacks import Meter
@@ -263,8 +264,22 @@ def test_a_run_whose_texts_have_changed_is_not_continued(
     assert not (output / "folds").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "status", "said"),
+    [
+        (False, 2, "--resume: cut into folds of the data is not the one with which"),
+        (True, 1, "failed: --kfold: its runs are of different cuts into folds: start the run over with --overwrite"),
+    ],
+)
 def test_a_run_whose_texts_would_be_in_other_folds_is_not_continued(
-    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    words: Words,
+    few_reviews: Path,
+    tmp_path: Path,
+    monkeypatch: Patch,
+    capsys: Capture,
+    old: bool,
+    status: int,
+    said: str,
 ) -> None:
     """The first fold has finished, and the tokens are the same: only the groups are others."""
     data, output = Path(shutil.copytree(few_reviews, tmp_path / "data")), tmp_path / "run"
@@ -274,12 +289,16 @@ def test_a_run_whose_texts_would_be_in_other_folds_is_not_continued(
     flags = words(output, "--group_column", "by", "--epochs", "1", data=data)
     with monkeypatch.context() as patch:
         interrupting(patch, "2", "on_train_batch_start", 2, stop)
+        if old:  # a version that did not record the cut
+            patch.setattr(claim, "data_hashes", lambda texts, splits: data_hashes(replace(texts, pool=None), splits))
         assert main(flags) == 130
+    if old:
+        shutil.rmtree(output / "folds" / "2")  # as if it was killed between two folds
     table = pd.read_csv(data / "train.csv")
     table.assign(by=table["by"].sample(frac=1, random_state=0).to_numpy()).to_csv(data / "train.csv", index=False)
     capsys.readouterr()
-    assert main([*flags, "--resume"]) == 2
-    assert "cut into folds of the data is not the one with which" in capsys.readouterr().err
+    assert main([*flags, "--resume"]) == status
+    assert said in capsys.readouterr().err
 
 
 def test_a_fold_that_fails_ends_the_run(words: Words, tmp_path: Path, capsys: Capture) -> None:
