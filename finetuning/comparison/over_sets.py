@@ -29,6 +29,7 @@ COSTS = (
     "method", "trained parameters", "training, processor s", "with its trials, processor s", "peak, MiB", "precision",
     "processor", "process",
 )  # fmt: skip
+UNTOLD = r", stepping \d+|\(R\)| Processor"  # of a processor's name: several fit in a line without
 SECONDS = ("train", "processor_seconds")  # runs of earlier versions lack it
 DRAW = re.compile(r"-data_seed\d+$")
 
@@ -212,7 +213,8 @@ def costs_table(grid: Grid) -> Table:
         trained, peak = mean_of_sets(found, "parameters", "trainable"), mean_of_sets(found, "memory", "peak_bytes")
         total = f"{training + searched:,.0f}" if alike else ""
         values = (f"{trained:,.0f}", f"{training:,.0f}", total, f"{(peak or 0) / 2**20:,.0f}")
-        rows.append((method, *values, *("; ".join(sorted(names)) for names in conditions(found))))
+        precisions, processors, process = ("; ".join(sorted(names)) for names in conditions(found))
+        rows.append((method, *values, precisions, re.sub(UNTOLD, "", processors), process))
     table = Table(COSTS, rows)
     return table if len(set(table.column("process"))) > 1 else table.without("process")
 
