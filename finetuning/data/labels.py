@@ -116,10 +116,7 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     if len(kinds) > 1 or not kinds <= {str, int}:
         raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
     names = [str(value) for value in sorted(set(values))] if source.label_names is None else list(source.label_names)
-    parts = {(name, mark): {part.strip() for part in name.split(mark)} for name in names for mark in SEPARATORS}
-    known_names = set(names) if data.label_separator is not None else set()
-    joined = [name for (name, mark), own in parts.items() if mark in name and own <= known_names]
-    hint = [f"warning: label {joined[0]!r} consists of other labels: is there another separator?"] if joined else []
+    hint = _of_other_labels(names) if data.label_separator is not None else []
     known: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (name, i)}
     if source.label_names is None:
         known = {value: i for i, value in enumerate(sorted(set(values)))}
@@ -141,6 +138,16 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
         for split, table in source.tables.items()
     }
     return names, dataclasses.replace(source, tables=tables, notes=[*source.notes, *hint])
+
+
+def _of_other_labels(names: Sequence[str]) -> list[str]:
+    """A warning if a label is several others, joined by another separator than the one that was given; else empty."""
+    known = set(names)
+    for name in names:
+        for mark in SEPARATORS:
+            if mark in name and known.issuperset(part.strip() for part in name.split(mark)):
+                return [f"warning: label {name!r} consists of other labels: is there another separator?"]
+    return []
 
 
 def unseen_labels(splits: dict[str, pd.DataFrame], names: list[str]) -> list[str]:

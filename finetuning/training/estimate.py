@@ -5,7 +5,7 @@ lengths, and their time per token gives the time of an epoch. If a run keeps out
 measured again with these outputs, as in every later epoch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -79,9 +79,7 @@ def measure_steps(
     measured, tokens = batches[1:] or batches, loader.tokens_per_epoch
     seconds = _first_and_later("epoch", measured, device, tokens, frozen.get("train"), step)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
-    for name in (name for name in ("validation", "test") if name in splits):
-        loaded = evaluation_loader(splits[name], training, pad_id, pin_memory=hardware.on_gpu)
-        seconds |= _evaluation_seconds(name, classifier, loaded, splits[name], device, frozen.get(name))
+    seconds |= _evaluation_seconds(classifier, splits, pad_id, training, hardware, frozen)
     seconds["run"] = run_seconds(seconds, training.epochs)
     gradients = sum(p.nbytes for p in trained.values())
     average = gradients if training.average != "none" else 0  # what the measured steps do not have yet, as kept outputs
@@ -99,18 +97,23 @@ def measure_steps(
 
 
 def _evaluation_seconds(
-    name: str,
     classifier: Classifier,
-    loader: DataLoader[dict[str, Tensor]],
-    split: TokenizedSplit,
-    device: torch.device,
-    outputs: FrozenOutputs | None,
+    splits: dict[str, TokenizedSplit],
+    pad_id: int,
+    training: TrainingSettings,
+    hardware: Hardware,
+    frozen: Mapping[str, FrozenOutputs],
 ) -> dict[str, float]:
-    """The seconds to evaluate a split, as ``_first_and_later`` names them."""
-    batches, tokens = _spread(loader, MEASURED_EVALUATIONS), int(split.lengths.sum())
+    """The seconds to evaluate validation and test, as ``_first_and_later`` names them."""
+    seconds: dict[str, float] = {}
+    device = hardware.device
     with merged(classifier.eval().model), torch.inference_mode():
-        classifier.logits(move_data_to_device(batches[0], device))  # warm-up: evaluation uses other kernels
-        return _first_and_later(name, batches, device, tokens, outputs, classifier.logits)
+        for name in (name for name in ("validation", "test") if name in splits):
+            loader = evaluation_loader(splits[name], training, pad_id, pin_memory=hardware.on_gpu)
+            batches, tokens = _spread(loader, MEASURED_EVALUATIONS), int(splits[name].lengths.sum())
+            classifier.logits(move_data_to_device(batches[0], device))  # warm-up: evaluation uses other kernels
+            seconds |= _first_and_later(name, batches, device, tokens, frozen.get(name), classifier.logits)
+    return seconds
 
 
 def run_seconds(seconds: dict[str, float], epochs: int) -> float:
