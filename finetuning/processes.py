@@ -156,21 +156,28 @@ def share_directory(directory: Path) -> None:
     os.environ[DIRECTORY_VARIABLE] = str(directory)
 
 
-def processor_seconds() -> tuple[float, float] | None:
-    """Busy seconds of all processors together, and processor seconds of this process; ``None`` unless on Linux."""
+def processor_seconds(usable: bool = False) -> tuple[float, float] | None:
+    """Busy seconds of processors together, and processor seconds of this process; ``None`` unless on Linux.
+
+    Args:
+        usable: count only processors that this process may use, not all of the machine.
+    """
     with suppress(OSError, ValueError):
-        words = Path("/proc/stat").read_text(encoding="utf8").splitlines()[0].split()
-        user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return busy, sum(os.times()[:4])
+        names = [f"cpu{number}" for number in os.sched_getaffinity(0)] if usable else ["cpu"]
+        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="utf8").splitlines()]
+        busy = 0
+        for words in (words for words in lines if words[0] in names):
+            user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
+            busy += user + nice + system + irq + softirq
+        return busy / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
     return None
 
 
 def busy_cores(seconds: float) -> float:
-    """Cores that other processes have kept busy for the next ``seconds``; 0 if the system does not say."""
-    before = processor_seconds()
+    """Usable cores that other processes have kept busy for the next ``seconds``; 0 if the system does not say."""
+    before = processor_seconds(usable=True)
     time.sleep(seconds)
-    after = processor_seconds()
+    after = processor_seconds(usable=True)
     if before is None or after is None:
         return 0.0
     return ((after[0] - before[0]) - (after[1] - before[1])) / seconds

@@ -47,7 +47,7 @@ def test_a_closed_terminal_asks_to_stop_but_not_after_nohup() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
-def test_a_process_that_spins_is_seen_and_this_one_is_not() -> None:
+def test_a_process_that_spins_is_seen_and_this_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with another_process(SPINNING):
         time.sleep(0.5)  # it starts
         assert busy_cores(0.5) > processes.BUSY
@@ -57,6 +57,9 @@ def test_a_process_that_spins_is_seen_and_this_one_is_not() -> None:
         pass
     after = some(processes.processor_seconds())
     assert after[1] - before[1] > 0.1, "what this process takes is counted apart"
+    assert 0 < some(processes.processor_seconds(usable=True))[0] <= some(processes.processor_seconds())[0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set())
+    assert some(processes.processor_seconds(usable=True))[0] == 0, "cores of other jobs do not count"
 
 
 @pytest.mark.parametrize(

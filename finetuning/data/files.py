@@ -254,13 +254,17 @@ def _check_rows(path: Path, separator: str) -> None:
 
 
 def _check_tabs(table: pd.DataFrame) -> None:
-    """Refuses a quote of a TSV file that another text closes, which is common: it would swallow the rows between."""
+    """Refuses a text of a TSV file with a tab and a line break: most often a quote that another text closes.
+
+    It would swallow the rows between.
+    """
     for name in table.columns:
         cells = table[name].astype(str).str
         swallowed = cells.contains("\t", regex=False) & cells.contains("\n", regex=False)
         if swallowed.any():
             begin = table[name][swallowed].iloc[0]
-            raise ValueError(f"an open quote in column {name}, at {listed([begin])}: {QUOTES}, or save the file as CSV")
+            why = f"a tab and a line break in one text of column {name}, as after an open quote, at {listed([begin])}"
+            raise ValueError(f"{why}: {QUOTES}, or save the file as CSV")
 
 
 # --- JSON and JSON lines
@@ -282,13 +286,21 @@ def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
         kind = None if rows is None else object  # chunks keep values as they are: a whole number next to a missing one
         columns: dict[str, None] = {}  # of all objects so far: a chunk may lack one of them
 
+        def is_broken(value: Any) -> bool:
+            return HALF.search(json.dumps(value, ensure_ascii=False)) is not None
+
         def table(chunk: list[dict[str, Any]]) -> pd.DataFrame:
             columns.update(dict.fromkeys(itertools.chain.from_iterable(chunk)))
             try:
-                return pd.DataFrame(chunk, columns=list(columns), dtype=kind)
+                frame = pd.DataFrame(chunk, columns=list(columns), dtype=kind)
+                # pandas looks into columns of strings alone
+                mixed = [frame[name] for name in frame if kind is None and frame[name].dtype == object]
+                if not any(is_broken(value) for column in mixed for value in column):
+                    return frame
             except UnicodeEncodeError:
-                broken = (i for i, value in enumerate(chunk, 1) if HALF.search(json.dumps(value, ensure_ascii=False)))
-                raise ValueError(f"object {next(broken)} has half a character (a lone surrogate): remove it") from None
+                pass
+            broken = next(i for i, value in enumerate(chunk, 1) if is_broken(value))
+            raise ValueError(f"object {broken} has half a character (a lone surrogate): remove it")
 
         yield table(list(itertools.islice(kept, rows)))
         while chunk := list(itertools.islice(kept, rows)):

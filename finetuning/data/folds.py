@@ -104,6 +104,14 @@ def fold_numbers(
         fewest, name = folds.min(), label_names[int(folds.idxmin())]
         if fewest < count:
             warnings.append(f"warning: class {name!r} is in {fewest} of the {count} folds only, which validate on it")
+    else:
+        for fold in range(1, count + 1):
+            trained, held_out = train.labels[~_known(codes, found == fold)], train.labels[found == fold]
+            unseen = [label_names[i] for i in np.flatnonzero(~trained.any(0) & held_out.any(0))]
+            if unseen:
+                warnings.append(
+                    f"warning: fold {fold} trains without the label {', '.join(unseen)}, but validates on it"
+                )
     return found, warnings
 
 

@@ -150,6 +150,27 @@ def _of_other_labels(names: Sequence[str]) -> list[str]:
     return []
 
 
+def comparable(labels: pd.Series, names: Sequence[str] | None) -> pd.Series:
+    """Labels as numbers if all are written as such, else with strings stripped, because CSV files give strings.
+
+    Args:
+        labels: one label a text.
+        names: of the classes, if they are known: a word that is a name is the number of its class, also if it is a
+            number.
+    """
+    if names is not None:
+        codes = {name: i for i, name in enumerate(names)}
+        labels = labels.map(lambda label: codes.get(label.strip(), label) if isinstance(label, str) else label)
+    words = labels.map(lambda label: isinstance(label, str))
+    if not words.any():
+        return labels
+    stripped = labels.where(~words, labels.astype(str).str.strip())
+    if any(as_number(word) is None for word in stripped[words].unique()):
+        return stripped  # codes such as 01 stay as they are written
+    numbers = pd.to_numeric(labels.where(words | labels.map(np.isscalar)), errors="coerce")
+    return numbers if numbers.notna().all() else stripped
+
+
 def unseen_labels(splits: dict[str, pd.DataFrame], names: list[str]) -> list[str]:
     """A warning about labels that no training text has but others have; empty without such labels."""
     counts = {split: np.sum(table.labels.tolist(), axis=0) for split, table in splits.items()}

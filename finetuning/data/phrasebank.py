@@ -8,6 +8,7 @@ import pandas as pd
 
 from finetuning.data.columns import refuse_columns
 from finetuning.data.files import name_and_format, readable
+from finetuning.data.labels import comparable
 from finetuning.data.tables import read_table
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS
@@ -30,6 +31,9 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
         files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())
         tables = [p for p in files if name_and_format(p)[1] and name_and_format(p)[0].lower() == wanted]
         sentences = [p for p in files if p.name.lower() == f"{wanted}.txt"]
+        if len(found := [*tables, *sentences]) > 1:
+            names = " and ".join(path.name for path in found)
+            raise UserError(f"--data_dir {data.data_dir}: {names} are both {wanted}: keep one")
         if tables:
             table = read_table(tables[0], data)
         elif sentences:
@@ -40,17 +44,17 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
             raise UserError(
                 f"--data_dir {data.data_dir}: must contain {wanted}.txt or .parquet for --agreement {data.agreement}"
             )
-    key = table.text.str.strip()
-    conflicting = table.groupby(key).label.transform("nunique") > 1
+    key, label_names = table.text.str.strip(), DATASETS["financial_phrasebank"].label_names
+    conflicting = comparable(table.label, label_names).groupby(key).transform("nunique") > 1
+    if conflicting.all():
+        raise UserError("--dataset financial_phrasebank: each sentence occurs with different labels: correct them")
     repeated = ~conflicting & key.duplicated()
     notes = []
     if conflicting.any() or repeated.any():
         notes.append(f"dropped {repeated.sum()} repeated sentences and {conflicting.sum()} with conflicting labels")
     name = f"Financial PhraseBank {data.agreement}agree"
     where = "local files" if data.data_dir else "Hugging Face hub"
-    return Source(
-        name, where, {"train": table[~conflicting & ~repeated]}, DATASETS["financial_phrasebank"].label_names, notes
-    )
+    return Source(name, where, {"train": table[~conflicting & ~repeated]}, label_names, notes)
 
 
 def _parse(content: bytes, path: Path, data: DataSettings) -> pd.DataFrame:

@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 
 from finetuning.data.folds import group_folds
-from finetuning.data.labels import as_number, doubt_about, encode_multi_label, is_multi_label, misspelled, rarest_labels
+from finetuning.data.labels import (
+    EXACT,
+    comparable,
+    doubt_about,
+    encode_multi_label,
+    is_multi_label,
+    misspelled,
+    rarest_labels,
+)
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError, counted
@@ -29,10 +37,7 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     if is_multi_label(source, data):
         return encode_multi_label(source, data)
     labels = pd.concat({split: table.label for split, table in source.tables.items()})
-    if source.label_names is not None:  # a word that is a name is that class, also if it is a number
-        codes = {name: i for i, name in enumerate(source.label_names)}
-        labels = labels.map(lambda label: codes.get(label.strip(), label) if isinstance(label, str) else label)
-    labels = _comparable(labels)
+    labels = comparable(labels, source.label_names)
     words = labels.map(lambda label: isinstance(label, str))
     if source.label_names is None and not pd.api.types.is_numeric_dtype(labels) and not words.all():
         kinds = labels.map(lambda label: type(label).__name__)
@@ -45,7 +50,7 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
         names = list(source.label_names)
         known = {key: i for i, name in enumerate(names) for key in (i, name)}
     else:
-        if pd.api.types.is_float_dtype(labels) and (labels % 1 == 0).all():
+        if pd.api.types.is_float_dtype(labels) and (labels % 1 == 0).all() and (labels.abs() < EXACT).all():
             labels = labels.astype(int)
         values = sorted(labels.unique().tolist())
         names = [str(value) for value in values]
@@ -64,18 +69,6 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     codes = labels.map(known).astype(np.int64)
     tables = {split: table.assign(label=codes[split].to_numpy()) for split, table in source.tables.items()}
     return names, dataclasses.replace(source, tables=tables)
-
-
-def _comparable(labels: pd.Series) -> pd.Series:
-    """Labels as numbers if all are written as such, else with strings stripped, because CSV files give strings."""
-    words = labels.map(lambda label: isinstance(label, str))
-    if not words.any():
-        return labels
-    stripped = labels.where(~words, labels.astype(str).str.strip())
-    if any(as_number(word) is None for word in stripped[words].unique()):
-        return stripped  # codes such as 01 stay as they are written
-    numbers = pd.to_numeric(labels.where(words | labels.map(np.isscalar)), errors="coerce")
-    return numbers if numbers.notna().all() else stripped
 
 
 def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:

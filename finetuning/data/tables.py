@@ -104,7 +104,7 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     if isinstance(label.dtype, pd.CategoricalDtype):  # the values themselves
         label = label.astype(label.cat.categories.dtype if label.notna().all() else object)
     if label.map(lambda value: isinstance(value, Decimal)).any():  # whole numbers of Snowflake and others
-        label = pd.to_numeric(label)
+        label = pd.to_numeric(label.map(_without_zeros))  # a float has no room for the large ones
     label = shortest_numbers(label)
     if data.label_separator is not None:  # a text may have no label
         label = label.where(label.notna(), "")
@@ -146,7 +146,7 @@ def _groups(table: pd.DataFrame, path: Path | str, column: str) -> Any:
 
 
 def _without_zeros(value: Any) -> Any:
-    """A decimal number without zeros at its end, as others are written; another value as it is."""
+    """A decimal number that is whole as other whole numbers are; another value as it is."""
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return int(value)
     return value

@@ -38,13 +38,18 @@ def check_targets(
     """Checks that the placement flags and ``--lora_modules`` select linears of this model.
 
     Raises:
-        UserError: the type has no row and no names are given, or a name matches no linear.
+        UserError: the type has no row and no names are given, a name matches no linear, or there are none.
     """
     if all(target == "head" or target in family.targets for target in targets) and not modules:
         return
     model = on_meta(config, name)
     linears = encoder_linears(model, family)
     candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in linears))
+    if not linears:
+        raise UserError(
+            f"--model_name {name} is of type {config.model_type!r}, whose encoder has no linears that LoRA can adapt:"
+            f" give --method full, selective or head"
+        )
     if not modules:
         raise UserError(
             f"--model_name {name} is of type {config.model_type!r}, for which the placement flags have no names:"

@@ -142,7 +142,8 @@ class LinearWithLoRA(nn.Module):
         self.in_features: int = lora.lora_A.shape[1]
         self.out_features: int = lora.lora_B.shape[0]
         if isinstance(lora, PiSSALayer):
-            self.linear.weight.data = lora.take_principal(dense_weight(linear))
+            rest = lora.take_principal(dense_weight(linear))
+            self.linear.weight = nn.Parameter(rest, requires_grad=False)  # other modules may share the old one
         self.start_magnitude()
 
     def start_magnitude(self) -> None:

@@ -149,7 +149,7 @@ def test_damaged_gzip(tmp_path: Path, name: str) -> None:
             "a quote in line 2 that is open or not doubled: put texts",
         ),
         ("a.csv", "text,label,text\na,1,b\n", r"two columns of its header \(text, label, text\) have the same name"),
-        ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "open quote in column text, at open 1 fine 1 shut"),
+        ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "text, as after an open quote, at open 1 fine 1 shut"),
         (
             "a.csv",
             "text,id\nfine,1\nfine,2\nline one\rline two,3\n",
@@ -168,6 +168,9 @@ def test_half_a_character_in_json_is_refused_with_its_place(tmp_path: Path) -> N
     (tmp_path / "a.jsonl").write_text('{"text": "x", "user": "y"}\n{"text": "x", "user": "\\ud83d"}\n')
     with pytest.raises(ValueError, match="object 2 has half a character"):
         read_frame(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "x", "label": 1}\n{"text": "x", "label": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match="object 2 has half a character"):
+        read_frame(tmp_path / "b.jsonl")
     assert next(read_chunks(tmp_path / "a.jsonl", 5)).user.tolist() == ["y", "\ud83d"], "kept in a column beside"
 
 

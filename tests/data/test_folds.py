@@ -122,6 +122,14 @@ def test_pairs_and_several_labels_are_cut_as_well(tmp_path: Path) -> None:
         assert Counter(map(tuple, validation.labels.tolist())) == {(1, 0): 2, (1, 1): 2, (0, 0): 2}
 
 
+def test_a_label_that_a_fold_does_not_train_brings_a_warning(tmp_path: Path) -> None:
+    write(tmp_path, "train", [(f"a {i}", ["x", "rare"] if i == 7 else [["x"], ["y"]][i % 2]) for i in range(30)])
+    write(tmp_path, "test", [("b", ["y"])])
+    (fold,) = (i for i, one in enumerate(folds_of(tmp_path, 3), 1) if 7 in one.splits["validation"].rows)
+    notes = texts_of(text_config(tmp_path, kfold=3)).notes
+    assert f"warning: fold {fold} trains without the label rare, but validates on it" in notes
+
+
 @pytest.mark.parametrize(
     ("kfold", "labels", "message"),
     [

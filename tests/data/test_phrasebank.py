@@ -49,6 +49,21 @@ def test_phrasebank(tmp_path: Path, name: str, encoding: str) -> None:
         texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
+def test_a_label_in_two_forms_is_no_conflict(tmp_path: Path) -> None:
+    labels = ["positive", " positive", "2.0", "2"]
+    table = pd.DataFrame({"sentence": [f"Fine {i // 4}" for i in range(80)], "label": labels * 20})
+    table.loc[40:, "label"] = "neutral"
+    table.to_csv(tmp_path / "sentences_50agree.csv", index=False)
+    config = RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path)
+    texts = texts_of(config)
+    assert texts.notes[0] == "dropped 60 repeated sentences and 0 with conflicting labels"
+    table.assign(sentence="Fine").to_csv(tmp_path / "sentences_50agree.csv", index=False)
+    check_refusal("each sentence occurs with different labels: correct them", texts_of, config)
+    table.to_parquet(tmp_path / "Sentences_50agree.parquet")
+    both = "Sentences_50agree.parquet and sentences_50agree.csv are both sentences_50agree: keep one"
+    check_refusal(both, texts_of, config)
+
+
 def test_phrasebank_line_without_label(tmp_path: Path) -> None:
     (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
     config = RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all")

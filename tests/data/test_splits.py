@@ -219,6 +219,12 @@ def test_a_group_has_one_name_in_every_form(tmp_path: Path, train: Callable[[int
     assert len(texts_of(text_config(tmp_path, group_column="by", kfold=2)).splits["train"].texts) == 95
 
 
+@pytest.mark.parametrize("label", [lambda i: Decimal(2**60 + i % 3), lambda i: 1e19 * (1 + i % 3)])
+def test_large_numbers_stay_different_labels(tmp_path: Path, label: Callable[[int], Any]) -> None:
+    frame(60).assign(label=[label(i) for i in range(60)]).to_parquet(tmp_path / "train.parquet")
+    assert texts_of(text_config(tmp_path)).label_names == [str(label(i)) for i in range(3)]
+
+
 def test_a_list_is_no_group(tmp_path: Path) -> None:
     frame(40).assign(by=[["a"]] * 40).to_parquet(tmp_path / "train.parquet")
     told = refusal_of(texts_of, text_config(tmp_path, group_column="by"))

@@ -43,6 +43,7 @@ def refused(folder: Path, **settings: object) -> str:
         ({"model_type": "qwen3_moe"}, "a mixture of experts"),
         ({"model_type": "albert", "inner_group_num": 2}, "has 2 layers in each group: needs one"),
         ({"model_type": "new"}, "is of type 'new', which is unknown here"),
+        ({"model_type": "squeezebert"}, "whose encoder has no linears that LoRA can adapt: give --method full, sel"),
         (
             {"model_type": "gemma", "use_bidirectional_attention": True},
             "whose answer for a text depends on the padding",

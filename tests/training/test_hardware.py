@@ -128,7 +128,7 @@ def test_a_card_that_torch_was_not_built_for_is_left_alone(
         ("13.0", None, None, "torch sees no GPU: perhaps the driver is too old for CUDA 13.0, for which it was built"),
         (None, "7.1", None, "torch sees no GPU: perhaps the driver is too old for ROCm 7.1, for which it was built"),
         (None, None, None, "this build of torch is for CPUs"),
-        ("13.0", None, "", "CUDA_VISIBLE_DEVICES hides all GPUs"),
+        *(("13.0", None, hidden, "CUDA_VISIBLE_DEVICES hides all GPUs") for hidden in ("", "-1", "NoDevFiles")),
     ],
 )
 def test_why_torch_sees_no_gpu_is_said_to_who_asks_for_one(
