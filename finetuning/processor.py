@@ -1,6 +1,9 @@
 """Instructions of this machine's processor, and how to hide some of them."""
 
 import os
+import platform
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,3 +68,15 @@ def limit_libraries() -> None:
     os.environ["ONEDNN_MAX_CPU_ISA"] = level.onednn
     os.environ["ATEN_CPU_CAPABILITY"] = level.aten
     os.environ["MKL_ENABLE_INSTRUCTIONS"] = level.mkl
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name and model numbers of the first processor: on virtual machines, processors of one name differ in speed."""
+    with suppress(OSError, KeyError):
+        first = cpuinfo.read_text(encoding="utf8").partition("\n\n")[0]
+        facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines() if ":" in line)
+        numbers = [
+            f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts
+        ]
+        return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
+    return platform.processor()

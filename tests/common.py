@@ -39,9 +39,11 @@ from finetuning.config import RunConfig
 from finetuning.data.texts import TextData
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
+from finetuning.gpus import visible_cards
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
+from finetuning.processor import cpu_name
 from finetuning.runs.answers import Answers, Rule
 from finetuning.runs.files import PREDICTIONS, read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
@@ -52,6 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 # Most tests try these rows of the table. tests/test_every_family.py tries all of them.
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
+MADE_HERE = {"cpu": cpu_name(), "gpus": visible_cards()}  # what a run of this machine says of it
 T = TypeVar("T")
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -335,7 +338,8 @@ def leave_run(runs: StudyRuns, run: PlannedRun, status: str | None = "finished",
     write_settings(directory, config, {"command": None, "data": {"train": "of train", "validation": "of validation"}})
     if status is not None:
         command = f"python {Path.cwd()}/finetune_lora.py {' '.join(run.flags(Path('/home/me/data')))} --output_dir x"
-        result = {"status": status, "config": config, "command": command, "seconds": 10.0, "task": {}} | more
+        result = {"status": status, "config": config, "command": command, "seconds": 10.0, "task": {}}
+        result |= {"environment": MADE_HERE} | more
         (directory / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
         write_result(directory, result)
 

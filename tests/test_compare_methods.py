@@ -266,6 +266,9 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     assert main(["collect", "tiny.toml"]) == 0
     name = "results/tiny"
     assert f"kept: {finished.name} of {name}, with other settings: delete its line there" in capsys.readouterr().err
+    plan("gradient_clip = 2.0\n[axes]\nlora_r = [4, 8]\nseed = [3]")
+    assert main(["collect", "tiny.toml"]) == 0
+    assert f"kept: {finished.name} of {name}, no longer in the study: delete the lines" in capsys.readouterr().err
     assert contents(Path("results")) == first
 
 

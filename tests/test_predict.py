@@ -498,10 +498,8 @@ def test_texts_without_an_answer(positive_run: tuple[Path, str], capsys: Capture
         f" confidence {confidence[0]:.2f} to {confidence[-1]:.2f}"
     )
     line = refusal(capsys, run, *file, "--abstain_risk", 0.001)
-    assert line.startswith(
-        "error: --abstain_risk 0.001: the 120 validation texts cannot show it: the smallest risk that they can show is "
-    )
-    assert ": use --abstain X, or label more texts" in line
+    assert line.startswith("error: --abstain_risk 0.001: the 120 validation texts cannot show it, but ")
+    assert line.endswith(": give that or --abstain X, or label more texts\n")
     for words_given, line in (
         (("--abstain", 1), "--abstain 1: must be above 0 and below 1"),
         (("--abstain_risk", 0), "--abstain_risk 0: must be above 0 and below 1"),

@@ -10,9 +10,11 @@ import numpy as np
 from finetuning.comparison.packed import Columns, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns, stands_for
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, first_line, listed
 from finetuning.runs.answers import MOST_PROBABLE, Rule, read_answers
 from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged, read_text_hashes
+
+NAMED = 5  # of the runs that a message is about
 
 
 def collect(runs: StudyRuns, stage: str, results: Path) -> None:
@@ -50,6 +52,12 @@ def collect(runs: StudyRuns, stage: str, results: Path) -> None:
         kept[state] += 1
     if any(kept.values()):
         change_records(target, found, [run.name for run in runs.study.stage("final")])
+    planned = {run.name for run in runs.study.runs}
+    if others := sorted(before.keys() - planned):
+        print(
+            f"kept: {listed(others, NAMED)} of {target}, no longer in the study: delete the lines there",
+            file=sys.stderr,
+        )
     print(f"{target}: {kept['finished']} finished and {kept['failed']} failed of {len(chosen)} runs")
     if damaged:
         raise UserError("; ".join(damaged))

@@ -31,7 +31,7 @@ COSTS = (
 )  # fmt: skip
 UNTOLD = r", stepping \d+|\(R\)| Processor"  # of a processor's name: several fit in a line without
 SECONDS = ("train", "processor_seconds")  # runs of earlier versions lack it
-DRAW = re.compile(r"-data_seed\d+$")
+DRAW = re.compile(r"-data_seed\d+(?=-|$)")
 
 
 Found = dict[str, dict[str, list[Run]]]  # set -> method -> runs

@@ -221,7 +221,7 @@ def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
     names, found = [each["name"] for each in sets], []
     for row in rows:
         wanted = row.get("data", names)
-        if not isinstance(wanted, list) or not all(name in names for name in wanted):
+        if not isinstance(wanted, list) or not wanted or not all(name in names for name in wanted):
             raise UserError(f"row {row['name']}: data {wanted}: must be a list of names of [[data]]")
         on = [each | row | {"name": f"{each['name']}-{row['name']}", "data": each["name"]} for each in sets]
         found += [each for each in on if each["data"] in wanted]
@@ -355,8 +355,9 @@ def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     if len(set(budgets.values())) > 1:
         shown = ", ".join(f"{name} {count}" for name, count in budgets.items())
         raise UserError(f"tune: every row needs the same number of settings to try, but they have: {shown}")
-    if tuning and not any(budgets.values()):
-        raise UserError(f"[tuning] no row has anything to tune: give each row tune = {{ {RATE} = [...] }}")
+    if (tuning or search) and not any(budgets.values()):
+        table = "search" if search else "tuning"
+        raise UserError(f"[{table}] no row has anything to tune: give each row tune = {{ {RATE} = ... }}")
     if tuning.get("test", False) is not False:
         raise UserError("[tuning] test: must be false, because settings are chosen on validation")
 

@@ -22,6 +22,8 @@ from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
 from finetuning.errors import UserError, as_user_error, first_line
 from finetuning.flags import flag_words, from_flags
+from finetuning.gpus import visible_cards
+from finetuning.processor import cpu_name
 from finetuning.runs.files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -175,7 +177,8 @@ class StudyRuns:
     def take_over(self, run: PlannedRun) -> Path | None:
         """Copies a finished run with the same settings and data from another study. Call it with the run's lock held.
 
-        Nothing is copied if the plan leaves a setting to auto, because that run may have another value than auto.
+        Nothing is copied if the plan leaves a setting to auto, because that run may have another value than auto. The
+        precision is the same on processors of one kind.
         Data and a model whose files were changed after that run had begun are others. If the process is killed, the
         copy either does not exist or is complete.
 
@@ -188,6 +191,8 @@ class StudyRuns:
             if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
             if any(last_change(*place) > _began(source) for place in places):
+                continue
+            if not _has_precision_of_here(run, read_result(source)):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -217,6 +222,8 @@ class StudyRuns:
             return None
         for source in self._records_of_all_studies():
             if source.result["status"] != "finished" or not stands_for(run, source.result):
+                continue
+            if not _has_precision_of_here(run, source.result):
                 continue
             if run.reads_test and "test" not in source.result:  # it tuned there
                 continue
@@ -281,6 +288,16 @@ class StudyRuns:
 
 
 _same_texts = cache(same_texts)  # the state of a run is asked for again and again
+
+
+def _has_precision_of_here(run: PlannedRun, result: dict[str, Any]) -> bool:
+    """Whether a run that has ended computed in the precision that the planned one has here, so far as this is known.
+
+    ``auto`` depends on the processor, and on whether there is a GPU.
+    """
+    made_on = result.get("environment") or {}
+    same = made_on.get("cpu") == cpu_name() and bool(made_on.get("gpus")) == bool(visible_cards())
+    return same or run.settings.get("precision", "auto") != "auto"
 
 
 def _began(run: Path) -> float:

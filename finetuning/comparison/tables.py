@@ -9,8 +9,9 @@ from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.statistics import p_text
 from finetuning.comparison.unequal import has_rare_class
+from finetuning.errors import listed
 from finetuning.pages import Table, dated
-from finetuning.runs.records import accuracy_interval
+from finetuning.runs.records import SCORES, accuracy_interval
 
 GIB = 2**30
 REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
@@ -201,6 +202,9 @@ def notes(study: Study) -> list[str]:
         left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in study.cost_obstacles.items())
         found.append(f"Time and memory exclude {left_out} of {finished} runs: {reasons}.")
+    precisions = {row.name: {run.get("base_model", "precision") for run in row.finished} - {None} for row in study.rows}
+    if mixed := [name for name, own in precisions.items() if len(own) > 1]:
+        found.append(f"Rows whose runs differ in precision, as `auto` does between machines: {listed(mixed, NAMED)}.")
     found += _best_on_validation(study)
     tested = [run.get("test", "examples") for row in study.rows for run in row.tested]
     if tested and min(tested) < FEW_TEST_TEXTS:
@@ -225,7 +229,8 @@ def notes(study: Study) -> list[str]:
 def _best_on_validation(study: Study) -> list[str]:
     """The row to choose without reading the test, for each data set; none if two rows are equal.
 
-    Draws of the training texts have validation texts of their own, so of several draws none is named.
+    It is best by the metric that chose the checkpoints, which must be the same for all rows of the data set. Draws of
+    the training texts have validation texts of their own, so of several draws none is named.
     """
     found: list[str] = []
     if len({run.get("config", "data_seed") for run in study.final}) > 1:
@@ -233,14 +238,19 @@ def _best_on_validation(study: Study) -> list[str]:
     finished = [row for row in study.rows if row.accuracies("validation")]
     texts = [tuple(row.common("config", name) for name in OF_VALIDATION) for row in finished]
     for same in dict.fromkeys(texts):
-        scores = {
-            row.name: fmean(row.accuracies("validation"))
-            for row, own in zip(finished, texts, strict=True)
-            if own == same
-        }
-        best = [name for name, score in scores.items() if score == max(scores.values())]
+        rows = [row for row, own in zip(finished, texts, strict=True) if own == same]
+        metrics = {run.monitor for row in rows for run in row.finished}
+        metric = next(iter(metrics), "")
+        values = {row.name: [run.monitored for run in row.finished if run.monitored is not None] for row in rows}
+        if len(metrics) != 1 or not all(values.values()):
+            continue
+        scores = {name: fmean(own) for name, own in values.items()}
+        highest = (min if metric == "loss" else max)(scores.values())
+        best = [name for name, score in scores.items() if score == highest]
         if len(best) == 1 < len(scores):
-            found.append(f"Best on validation: {best[0]} ({percent(scores[best[0]])} %).")
+            shown = f"{highest:.4f}" if metric in ("loss", "mcc") else f"{percent(highest)} %"
+            named = "" if metric == "accuracy" else f"{SCORES[metric]}: "
+            found.append(f"Best on validation: {best[0]} ({named}{shown}).")
     return found
 
 

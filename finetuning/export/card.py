@@ -129,6 +129,8 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
     if data.windows > 1:
         truncated = f" by {reader}"
     return {
+        "as_code": as_code,
+        "pipeline": _library(folder) == "transformers",
         "labels": ", ".join(map(as_code, run.label_names)),
         "kind": "text" if data.text_pair_column is None else "pair",
         "truncated": truncated,

@@ -120,8 +120,8 @@ def read_confidence(trained: Trained, rule: Rule, least: float | None, risk: flo
     chosen = least_confidence(cooled, risk, candidates)
     if chosen is None:
         raise UserError(
-            f"--abstain_risk {risk:g}: the {len(cooled.rows):,} validation texts cannot show it: the smallest risk that"
-            f" they can show is {smallest_risk(cooled, candidates):g}: use --abstain X, or label more texts"
+            f"--abstain_risk {risk:g}: the {len(cooled.rows):,} validation texts cannot show it, but"
+            f" {smallest_risk(cooled, candidates):g}: give that or --abstain X, or label more texts"
         )
     shown = (
         f"--abstain {chosen.shown} answers {chosen.answered:,} of {chosen.texts:,} validation texts,"

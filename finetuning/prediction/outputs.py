@@ -213,12 +213,16 @@ def _plain(table: pd.DataFrame, convert: Callable[[Any], Any]) -> list[list[Any]
 def _cell(value: Any) -> Any:
     """A value for CSV."""
     if isinstance(value, list | tuple | dict | np.ndarray):
-        return json.dumps(value, ensure_ascii=False, default=_json_value)
+        return json.dumps(_finite(value), ensure_ascii=False, default=_json_value)
     return _json_value(value) if isinstance(value, bytes) else value
 
 
 def _finite(value: Any) -> Any:
-    """The same value; ``None`` for a number or time that JSON does not have."""
+    """The same value; ``None`` for numbers and times that JSON does not have, also inside."""
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
     return None if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)) else value
 
 

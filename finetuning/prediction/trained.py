@@ -20,6 +20,7 @@ from finetuning.storage import read_json
 
 MODEL_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"  # of Hugging Face
 MULTI_LABEL = "multi_label_classification"  # the problem_type of Hugging Face
+INSTEAD_OF_ADAPTER = "give the run, or export it without --adapter"
 LONGEST, UNLIMITED = 512, 1e9  # tokens, if neither tokenizer nor model says it; what a tokenizer says that has no limit
 
 
@@ -62,10 +63,12 @@ def read_trained(directory: Path) -> Trained:
     """The classifier in a directory, refused if this contains neither a finished run nor a text classifier."""
     if not (directory / RESULT).exists() and (directory / MODEL_CONFIG).is_file():
         content = _json(directory, MODEL_CONFIG)
+        if (directory.resolve().parent / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{directory}: is the base model of an adapter, untrained: {INSTEAD_OF_ADAPTER}")
         if "model_type" in content:  # else it is no file of Hugging Face
             return _exported(directory, content)
     if (directory / ADAPTER_CONFIG).is_file() and not any((directory / name).exists() for name in (RESULT, SETTINGS)):
-        raise UserError(f"{directory}: is an adapter alone, for PEFT: give the run, or export it without --adapter")
+        raise UserError(f"{directory}: is an adapter alone, for PEFT: {INSTEAD_OF_ADAPTER}")
     run = read_finished(directory)
     return Trained(directory, run.config, run.label_names, run.rule, base_files=run.base_files)
 

@@ -49,9 +49,7 @@ def risk_table(validation: Answers, main: Answers, split: str, candidates: int) 
     rows = []
     for risk, chosen in found.items():
         if chosen is None:
-            rows.append(
-                (percent(risk), f"validation is too small or too often wrong: it can show {least} at best", "", "")
-            )
+            rows.append((percent(risk), f"validation is too small or too often wrong: it can show {least}", "", ""))
             continue
         answered = main.confidence >= chosen.least
         count, wrong = int(answered.sum()), int((answered & ~main.right).sum())

@@ -54,8 +54,12 @@ def fit_temperature(answers: Answers) -> float | None:
 
 def _slope(answers: Answers, log_inverse: float) -> float:
     """The slope of the loss over 1 / temperature."""
-    scaled = answers.cooled(float(np.exp(-log_inverse)))
-    return float(((scaled.probabilities - answers.truth) * answers.logits).sum(1).mean())
+    scaled, logits = answers.cooled(float(np.exp(-log_inverse))), answers.logits
+    if (
+        not answers.rule.multi_label
+    ):  # counted from the true class, so that rounding gives no term of right answers its sign
+        logits = logits - (logits * answers.truth).sum(1, keepdims=True)
+    return float(((scaled.probabilities - answers.truth) * logits).sum(1).mean())
 
 
 def reliability(answers: Answers) -> Reliability:

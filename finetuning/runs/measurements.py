@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import torch
 
 from finetuning.forking import is_forked
 from finetuning.processes import processor_seconds
+from finetuning.processor import cpu_name
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
 OTHERS_ALLOWED = 0.03  # fraction of all processor time that system services and a shell may use
@@ -117,7 +117,7 @@ def environment_record() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
         "threads": torch.get_num_threads(),
@@ -127,18 +127,6 @@ def environment_record() -> dict[str, Any]:
         "forked": is_forked(),
         "watermark": watermark.watermark(machine=True, python=True, iso8601=True),
     }
-
-
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Name and model numbers of the first processor: on virtual machines, processors of one name differ in speed."""
-    with suppress(OSError, KeyError):
-        first = cpuinfo.read_text(encoding="utf8").partition("\n\n")[0]
-        facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines() if ":" in line)
-        numbers = [
-            f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts
-        ]
-        return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
-    return platform.processor()
 
 
 def git_commit() -> dict[str, Any] | None:

@@ -149,6 +149,7 @@ def _record(trial: Trial, runs: list[FinishedRun], failed: int = 0) -> dict[str,
         "search_validation": trial.value,  # if chosen as the highest of many, likely too high
         "seeds": [result["config"]["seed"] for result in results],
         "failed": failed,
+        "error": trial.error,
         "validation": _means([result["validation"] for result in results]) if results else None,
         "test": _means([result["test"] for result in results]) if tested else None,
         "runs": ["/".join(run.directory.parts[-2:]) for run in runs],
@@ -216,7 +217,7 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
         parts.append(f"{record['validation'][monitor]:.4f} {again}{test}")
     if record["failed"]:
         parts.append(f"{counted(record['failed'], 'new seed')} failed")
-    return "; ".join(parts) or "has not finished"
+    return "; ".join(parts) or (f"failed: {record['error']}" if record["error"] else "has not finished")
 
 
 def counts_text(counts: dict[str, int]) -> str:

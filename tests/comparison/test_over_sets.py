@@ -61,6 +61,15 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     ]
 
 
+def test_draws_of_a_row_with_an_axis_of_its_own_are_one_method(tmp_path: Path) -> None:
+    runs = [
+        made_run(tmp_path, "s", f"a-data_seed{draw}-lora_r{rank}", data_set=name, correct=np.arange(1000) < 900)
+        for name in ("one", "two", "three") for draw in range(2) for rank in (2, 8)
+    ]  # fmt: skip
+    change_records(tmp_path / "s", runs)
+    assert set(grid_in(tmp_path).methods) == {"a-lora_r2", "a-lora_r8"}
+
+
 def test_a_pair_has_the_draws_of_the_training_texts_that_both_methods_have(tmp_path: Path) -> None:
     scores = {name: {"a": (900, 800, 100), "b": (890, 780)} for name in ("one", "two", "three")}
     folder = results(tmp_path, scores | {"four": {"a": (900,), "b": ()}}, "-data_seed")

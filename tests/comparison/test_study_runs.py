@@ -15,7 +15,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.flags import from_flags
 from finetuning.runs.files import read_settings, write_result, write_settings
-from tests.common import DIVERGED, TUNED, leave_run, plan, refusal_of, scored
+from tests.common import DIVERGED, MADE_HERE, TUNED, leave_run, plan, refusal_of, scored
 
 pytestmark = pytest.mark.usefixtures("project")
 PREDICTED = {"row": [0, 1], "label": [0, 1], "predicted": [1, 1]}
@@ -27,7 +27,7 @@ def leave_record(
     """A collected run in the folder of its study."""
     where = {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     settings = from_flags(run.flags(Path("data"))).to_dict() | where | (config or {})
-    result = {"status": "finished", "config": settings, "study": {"run": run.name}} | more
+    result = {"status": "finished", "config": settings, "study": {"run": run.name}, "environment": MADE_HERE} | more
     record = Record.made(folder, result, "step,train_loss\n1,0.5\n", predictions)
     change_records(folder, [record])
     return record
@@ -140,6 +140,17 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     assert set(records) == {first.name, final.name}
     assert {record.metrics for record in records.values()} == {sources[0].metrics}
     assert (records[first.name].predictions, records[final.name].predictions) == (None, PREDICTED)
+
+
+@pytest.mark.parametrize("elsewhere", [{"cpu": "another"}, {"gpus": [] if MADE_HERE["gpus"] else ["0"]}])
+def test_a_run_of_another_machine_is_taken_over_only_if_its_precision_is_given(elsewhere: dict[str, Any]) -> None:
+    runs, other = studies('data_dir = "set"\n[axes]\nseed = [0, 1]')
+    for change, known in (({"precision": "auto"}, False), ({}, True)):  # they are in fp32
+        left, collected = (replace(run, settings=run.settings | change) for run in runs.study.runs)
+        leave_run(other, left, environment=MADE_HERE | elsewhere)
+        tested = {"predictions": PREDICTED, "test": {"accuracy": 0.9}}
+        leave_record(Path("results/other"), collected, **tested, environment=MADE_HERE | elsewhere)
+        assert [runs.take_over(run) is not None for run in (left, collected)] == [known, known]
 
 
 def test_a_study_without_a_test_takes_none_over() -> None:

@@ -175,6 +175,14 @@ def test_a_small_test_split_is_said_to_be_small(tmp_path: Path, monkeypatch: pyt
     assert note == said
 
 
+def test_rows_whose_runs_differ_in_precision_are_named(tmp_path: Path) -> None:
+    for seed, precision in enumerate(("bfloat16", "float32")):
+        write_run(tmp_path, "s", "a", seed=seed, base_model={"precision": precision})
+        write_run(tmp_path, "s", "b", seed=seed, base_model={"precision": "float32"})
+    said = "Rows whose runs differ in precision, as `auto` does between machines: a."
+    assert said in notes(read_study("s", tmp_path))
+
+
 def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:
     for source, scores in {"imdb": (0.9, 0.92, 0.91), "financial": (0.8, 0.8)}.items():
         for k, score in enumerate(scores):
@@ -186,6 +194,12 @@ def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> No
         write_run(tmp_path, "t", row, validation=0.7 + 0.1 * (row == "half"), config=config)
     write_run(tmp_path, "t", "best", validation=0.75, config=config)
     assert notes(read_study("t", tmp_path)) == ["Best on validation: best (75.00 %)."], "half has other texts"
+    for row, loss in {"sure": 0.6, "unsure": 0.5}.items():
+        validation = {"accuracy": 0.9 + loss / 100, "loss": loss}
+        write_run(tmp_path, "u", row, validation=validation, config={"monitor": "loss"})
+    assert notes(read_study("u", tmp_path)) == ["Best on validation: unsure (loss, nats: 0.5000)."]
+    write_run(tmp_path, "u", "other", validation=0.99)
+    assert notes(read_study("u", tmp_path)) == [], "it was chosen by accuracy"
     write_run(tmp_path, "s", "imdb3", validation=0.99, config={"data_dir": "imdb", "data_seed": 1})
     assert notes(read_study("s", tmp_path)) == [], "another draw has other validation texts"
 

@@ -62,6 +62,9 @@ def test_values_of_parquet_become_json_that_others_read(tmp_path: Path) -> None:
     first, second = map(json.loads, lines)
     assert (first["x"], first["list"], first["times"]) == (None, [1.0, None], [when.isoformat()])
     assert (first["raw"], second["raw"]) == ("abc", "\\xff")
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "x": [NaN, {"y": Infinity}, 1]}\n')
+    assert json.loads(write(tmp_path / "in.jsonl", tmp_path / "a.jsonl").read_text())["x"] == [None, {"y": None}, 1]
+    assert '"[null, {""y"": null}, 1]"' in write(tmp_path / "in.jsonl", tmp_path / "a.csv").read_text()
     assert "abc" in (csv := write(tmp_path / "in.parquet", tmp_path / "out.csv").read_text())
     assert "b'abc'" not in csv
 

@@ -97,6 +97,9 @@ def test_folders_that_are_refused(tmp_path: Path, config: Any, message: str) -> 
 def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     check_refusal("is an adapter alone, for PEFT: give the run, or export it without --adapter", read_trained, tmp_path)
+    (tmp_path / "base").mkdir()
+    base = folder(tmp_path / "base", CONFIG)
+    check_refusal("is the base model of an adapter, untrained: give the run", read_trained, base)
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:

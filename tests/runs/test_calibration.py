@@ -22,6 +22,8 @@ def test_there_is_no_temperature_if_all_answers_are_right_or_worse_than_chance()
     labels = np.arange(60) % 3
     right = Answers(np.arange(60), np.eye(3, dtype=bool)[labels], np.eye(3)[labels])
     assert fit_temperature(right) is None
+    # at the coldest the true class's probability is 1, and another one's is not 0 yet
+    assert fit_temperature(Answers(np.arange(1), np.eye(3, dtype=bool)[[1]], np.array([[0.38, 2.47, -2.37]]))) is None
     assert fit_temperature(Answers(right.rows, right.truth, -right.logits)) is None
 
 

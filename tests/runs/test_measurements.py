@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetuning.processor import cpu_name
 from finetuning.runs import measurements
 from finetuning.runs.measurements import environment_record, free_memory, peak_memory, processor_seconds, was_alone
 from tests.common import ROOT
@@ -60,8 +61,8 @@ def test_environment_says_on_what_a_number_was_measured() -> None:
 )
 def test_processors_of_one_name_are_told_apart(tmp_path: Path, cpuinfo: str, name: str) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert measurements._cpu_name(tmp_path / "cpuinfo") == name
-    assert measurements._cpu_name(tmp_path / "none") == platform.processor()
+    assert cpu_name(tmp_path / "cpuinfo") == name
+    assert cpu_name(tmp_path / "none") == platform.processor()
 
 
 @pytest.mark.parametrize(("others", "alone"), [(0.0, True), (0.29, True), (0.31, False)])
