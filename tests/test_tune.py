@@ -25,8 +25,9 @@ from finetuning.storage import read_json, sha256_of, write_json
 from finetuning.tuning import command
 from finetuning.tuning.facts import read_facts, useful_lengths
 from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin
-from finetuning.tuning.report import finish, gain_text, summary_lines
+from finetuning.tuning.report import finish, gain_text, make_page, summary_lines
 from finetuning.tuning.space import Facts, make_space
+from finetuning.tuning.trials import Trials
 from tests.common import Capture, Patch, some, write_splits
 from tests.scripts import SharedServer, start_with_server
 from tests.tiny_models import POSITIONS
@@ -105,6 +106,10 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     page = (first / "tune.html").read_text(encoding="utf8")
     assert page.count("<figure>") >= 2
     assert str(tmp_path) not in page
+    plan = Plan.read(first)
+    lost = summary | {"default": summary["default"] | {"runs": [], "error": "killed"}}
+    page = make_page("first", plan, Trials(first / "trials", plan.monitor).all(), lost)
+    assert "The default failed (killed), so nothing is compared with it" in page
     assert predict.main([str(first / "best"), "--text", "a joy"]) == 0
     assert (first / "best" / "report.html").exists()
     assert [export_flags(first, summary, pooling) for pooling in ("mean", "first")] == [" --onnx", ""]

@@ -148,8 +148,8 @@ def test_a_run_of_another_machine_is_taken_over_only_if_its_precision_is_given(e
     for change, known in (({"precision": "auto"}, False), ({}, True)):  # they are in fp32
         left, collected = (replace(run, settings=run.settings | change) for run in runs.study.runs)
         leave_run(other, left, environment=MADE_HERE | elsewhere)
-        tested = {"predictions": PREDICTED, "test": {"accuracy": 0.9}}
-        leave_record(Path("results/other"), collected, **tested, environment=MADE_HERE | elsewhere)
+        found = {"test": {"accuracy": 0.9}, "environment": MADE_HERE | elsewhere}
+        leave_record(Path("results/other"), collected, None, PREDICTED, **found)
         assert [runs.take_over(run) is not None for run in (left, collected)] == [known, known]
 
 
