@@ -163,8 +163,9 @@ def processor_seconds(usable: bool = False) -> tuple[float, float] | None:
         usable: count only processors that this process may use, not all of the machine.
     """
     with suppress(OSError, ValueError):
-        names = [f"cpu{number}" for number in os.sched_getaffinity(0)] if usable else ["cpu"]
+        # first, because other systems have neither this file nor the affinity
         lines = [line.split() for line in Path("/proc/stat").read_text(encoding="utf8").splitlines()]
+        names = [f"cpu{number}" for number in os.sched_getaffinity(0)] if usable else ["cpu"]
         busy = 0
         for words in (words for words in lines if words[0] in names):
             user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
