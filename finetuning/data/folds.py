@@ -105,14 +105,26 @@ def fold_numbers(
         if fewest < count:
             warnings.append(f"warning: class {name!r} is in {fewest} of the {count} folds only, which validate on it")
     else:
-        for fold in range(1, count + 1):
-            trained, held_out = train.labels[~_known(codes, found == fold)], train.labels[found == fold]
-            unseen = [label_names[i] for i in np.flatnonzero(~trained.any(0) & held_out.any(0))]
-            if unseen:
-                warnings.append(
-                    f"warning: fold {fold} trains without the label {', '.join(unseen)}, but validates on it"
-                )
+        warnings += _unseen_labels(train.labels, codes, found, label_names)
     return found, warnings
+
+
+def _unseen_labels(labels: np.ndarray, codes: np.ndarray, found: np.ndarray, names: list[str]) -> list[str]:
+    """A warning for each fold that trains without a label of its validation texts.
+
+    Args:
+        labels: (n, k) the labels of each text.
+        codes: (n,) equal for copies of a text.
+        found: (n,) the fold of each text.
+        names: of the labels.
+    """
+    warnings = []
+    for fold in np.unique(found):
+        trained, held_out = labels[~_known(codes, found == fold)], labels[found == fold]
+        unseen = [names[i] for i in np.flatnonzero(~trained.any(0) & held_out.any(0))]
+        if unseen:
+            warnings.append(f"warning: fold {fold} trains without the label {', '.join(unseen)}, but validates on it")
+    return warnings
 
 
 def _known(codes: np.ndarray, held_out: np.ndarray) -> np.ndarray:

@@ -55,9 +55,8 @@ def fit_temperature(answers: Answers) -> float | None:
 def _slope(answers: Answers, log_inverse: float) -> float:
     """The slope of the loss over 1 / temperature."""
     scaled, logits = answers.cooled(float(np.exp(-log_inverse))), answers.logits
-    if (
-        not answers.rule.multi_label
-    ):  # counted from the true class, so that rounding gives no term of right answers its sign
+    if not answers.rule.multi_label:
+        # from the true class on: then no term of a right answer is above 0, also if its probabilities are rounded
         logits = logits - (logits * answers.truth).sum(1, keepdims=True)
     return float(((scaled.probabilities - answers.truth) * logits).sum(1).mean())
 
