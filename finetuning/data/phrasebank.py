@@ -9,7 +9,7 @@ import pandas as pd
 from finetuning.data.columns import refuse_columns
 from finetuning.data.files import name_and_format, readable
 from finetuning.data.labels import comparable
-from finetuning.data.tables import read_table
+from finetuning.data.tables import read_table, refuse_several
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS
 from finetuning.errors import UserError
@@ -31,9 +31,7 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
         files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())
         tables = [p for p in files if name_and_format(p)[1] and name_and_format(p)[0].lower() == wanted]
         sentences = [p for p in files if p.name.lower() == f"{wanted}.txt"]
-        if len(found := [*tables, *sentences]) > 1:
-            names = " and ".join(path.name for path in found)
-            raise UserError(f"--data_dir {data.data_dir}: {names} are both {wanted}: keep one")
+        refuse_several(data.data_dir, [*tables, *sentences], wanted)
         if tables:
             table = read_table(tables[0], data)
         elif sentences:

@@ -1,7 +1,7 @@
 """Tables of texts and labels: the file of each split, and the checks of its rows."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,7 @@ def split_files(folder: Path) -> dict[str, Path]:
         single = f", or give a file itself, as --data_dir {folder / tables[0]}" if tables else ""
         raise UserError(f"--data_dir {folder}: must contain {wanted}{single}")
     for split, paths in found.items():
-        if len(paths) > 1:
-            raise UserError(f"--data_dir {folder}: {' and '.join(p.name for p in paths)} are both {split}: keep one")
+        refuse_several(folder, paths, split)
     return {split: paths[0] for split, paths in found.items() if paths}
 
 
@@ -56,6 +55,12 @@ def unused_files(folder: Path) -> list[str]:
     """A note about tables in ``folder`` that are no split, such as ``dev.csv``; empty without such tables."""
     unused = [path.name for path in _other_tables(folder)] if folder.is_dir() else []
     return [f"unused files: {listed(unused)}: the names of splits are {', '.join(SPLITS)}"] if unused else []
+
+
+def refuse_several(folder: Path, paths: Sequence[Path], what: str) -> None:
+    """Refuses files of which only one can be meant; ``what`` each of them is."""
+    if len(paths) > 1:
+        raise UserError(f"--data_dir {folder}: {' and '.join(path.name for path in paths)} are both {what}: keep one")
 
 
 def _other_tables(folder: Path) -> list[Path]:
