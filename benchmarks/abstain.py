@@ -86,10 +86,12 @@ def table(result: Record) -> str:
             if shares:
                 middle = f"{statistics.median(coverage):.1f}", f"{statistics.median(shares):.2f}"
                 cells = [*middle, f"{max(shares):.2f}", f"{good} of {len(shares)}"]
-            rows.append((f"{name}, {accuracy:.1f} %", f"{100 * risk:g} %", f"{len(shares)} of {len(runs)}", *cells))
-    sizes = records[0]["sizes"]
+            given = sum(each["least"] is not None for each, _ in found)
+            rows.append((f"{name}, {accuracy:.1f} %", f"{100 * risk:g} %", f"{given} of {len(runs)}", *cells))
+    sizes = sorted({record["sizes"]["validation"] for record in records})
+    validation = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
     conditions = (
-        f"MiniLM, LoRA on all linears, 1,500 training texts, 2 epochs; {sizes['validation']:,} validation texts;"
+        f"MiniLM, LoRA on all linears, 1,500 training texts, 2 epochs; {validation} validation texts;"
         f" confidence of the statement {100 * LEVEL:g} %.\nIn all, the share on test was at most as asked in {kept} of"
         f" {asked}."
     )

@@ -3,7 +3,7 @@
 * ``gain``: test score of the winner minus the default's, two searches for each of six data sets.
 * ``samplers``: best validation score over time, by random search, TPE, and TPE with pruning, of short trials.
 * ``speed``: trials an hour of a search with two jobs, and of the same trials one after another, a process each.
-* ``kills``: eight workers on one folder, killed at random: is a trial lost or done twice, or a file torn?
+* ``kills``: eight workers on one folder, killed at random: is a trial lost, or a file torn?
 * ``repeat``: the same search twice: are trials, scores and the winner's weights the same?
 
 All searches are kept in ``runs/tune``, so that the same command goes on after an interruption. What is measured is
@@ -133,24 +133,26 @@ def gain(asked: Conditions) -> list[Record]:
 
 def gain_table(records: Sequence[Record]) -> str:
     """A row for each search, and the mean of all with its interval over data sets."""
-    means = {
-        name: 100 * statistics.fmean(record["gain"]["mean"] for record in records if record["set"] == name)
-        for name in SETS
-        if any(record["set"] == name for record in records)
-    }
+    gains: dict[str, list[float]] = {}  # of the searches whose default did not fail
     rows = []
     for record in sorted(records, key=lambda record: list(SETS).index(record["set"])):
-        low, high = (100 * end for end in record["gain"]["ci95"])
         cells = (record["set"], str(record["seed"]), str(sum(record["trials"].values())), f"{record['minutes']:.1f}")
         winner = trial_name(record["winner"])
-        shown_gain = f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})" if record["winner"] else "0"
+        shown_gain = "the default failed"
+        if record["gain"]:
+            gains.setdefault(record["set"], []).append(100 * record["gain"]["mean"])
+            low, high = (100 * end for end in record["gain"]["ci95"])
+            shown_gain = f"{gains[record['set']][-1]:+.2f} ({low:+.2f} to {high:+.2f})" if record["winner"] else "0"
         rows.append((*cells, winner, str(record["new_seeds"]), shown_gain))
-    if len(means) > 1:
-        rows.append((f"mean of {len(means)} sets", "", "", "", "", "", difference_cell(list(means.values()), 2)))
+    if len(gains) > 1:
+        means = [statistics.fmean(of_set) for of_set in gains.values()]
+        rows.append((f"mean of {len(means)} sets", "", "", "", "", "", difference_cell(means, 2)))
     table = Table(
         ("data", "seed", "trials", "minutes", "winner", "new seeds", "test score minus default's, points"), rows
     )
-    return f"{len(records)} of {len(SETS) * SEEDS} searches are there.\n\n{shown(table, records)}"
+    planned = [(name, seed) for name in SETS for seed in range(SEEDS)]
+    there = len({(record["set"], record["seed"]) for record in records}.intersection(planned))
+    return f"{there} of {len(planned)} searches are there.\n\n{shown(table, records)}"
 
 
 def samplers(asked: Conditions) -> list[Record]:

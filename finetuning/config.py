@@ -199,6 +199,8 @@ def _resolved(given: dict[str, Any]) -> dict[str, Any]:
             str(value).encode()  # no name of a file that no text can hold
         except UnicodeEncodeError:
             raise UserError(f"--{name} {value}: is not valid UTF-8: rename it") from None
+        if "\0" in str(value):  # a study's file can hold one; no command and no path can
+            raise UserError(f"--{name} {value}: must not contain the character NUL")
     for name in given:
         method = given.get("method", FLAGS["method"].default)
         wanted = method_of(name) or method

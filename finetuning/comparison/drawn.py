@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,12 @@ def check_search(search: Any) -> None:
             raise UserError(f"[search] {key} {value!r}: must be a whole number of at least {least}")
 
 
+def is_float(value: Any) -> bool:
+    """Whether a value is a number that a float can hold; a whole number can be too large."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max
+
+
 def check_numbers(where: str, flag: str, values: Sequence[Any]) -> None:
     """Refuses a text as the value of a flag that takes numbers: a command takes ``"1e-3"``, but a table cannot."""
     texts = [value for value in values if isinstance(value, str) and value != AUTO]
@@ -96,7 +103,7 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
         rates = tune.get(RATE)
         if set(tune) != {RATE} or not isinstance(rates, list) or not rates:
             raise UserError(f"{where}must be {{ {RATE} = [...] }}, or the study needs [search]")
-        if any(isinstance(rate, bool) or not isinstance(rate, int | float) for rate in rates):
+        if not all(map(is_float, rates)):
             raise UserError(f"{where}{RATE}: must be numbers")
         if len({f"{rate:g}" for rate in rates}) < len(rates):  # the names of their runs
             raise UserError(f"{where}{RATE}: must be numbers that differ in their first six digits")
@@ -108,9 +115,10 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
             raise UserError(f"{where}{flag}: cannot be tuned: give {searchable()}")
         if isinstance(values, dict):
             ends = [values.get(key) for key in ("low", "high")]
-            numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
-            if set(values) != {"low", "high"} or not numbers or not 0 < ends[0] < ends[1] < math.inf:  # type: ignore[operator]
+            if set(values) != {"low", "high"} or not all(map(is_float, ends)) or not 0 < ends[0] < ends[1]:  # type: ignore[operator]
                 raise UserError(f"{where}{flag}: must be {{ low = X, high = Y }} with 0 < X < Y")
+            if FLAGS[flag].kind is int and any(end != int(end) for end in ends):  # type: ignore[arg-type]
+                raise UserError(f"{where}{flag}: low and high must be whole numbers")
         elif not isinstance(values, list) or not values:
             raise UserError(f"{where}{flag}: must be a list of values, or {{ low = X, high = Y }}")
         else:

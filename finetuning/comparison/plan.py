@@ -158,7 +158,8 @@ def shown_command(command: str) -> str:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         if flag not in NOT_SHOWN:
-            kept.append(shlex.quote(word))
+            script = word.endswith(".py") and word.startswith("/")  # a search gives its whole path
+            kept.append(shlex.quote(Path(word).name if script else word))
             continue
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)

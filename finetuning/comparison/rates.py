@@ -21,6 +21,7 @@ LEAST_TRIALS = 20  # of a method over all sets: fewer say nothing about a rate, 
 MULTIPLES = (0.125, 0.5, 2.0, 4.0)  # of the default rate
 FITTED = (RATE, "epochs", "batch_size")
 FITTED_CURVE = 4  # numbers of a fit besides the level of each data set
+END = " (end of the range)"  # of the rates that were tried, so a better one may lie beyond
 COLUMNS = (
     "method", "trials", "default rate", "best rate", "validation over the default (95 %)",
     *(f"{multiple:g} times" for multiple in MULTIPLES),
@@ -67,14 +68,16 @@ def rates_table(grid: Grid) -> Table:
         flat = [run for runs in trials for run in runs]
         if len(flat) < max(LEAST_TRIALS, len(trials) + 1 + FITTED_CURVE) or any(run.monitor == "loss" for run in flat):
             continue  # a loss has other units
+        failed = sum(not run.finished for found in grid.trials.values() for run in found.get(method, ()))
         key = flat[0].get("config", "method"), flat[0].get("config", "optimizer")
         default = DEFAULT_LEARNING_RATES[key]
         fit = fitted(trials, default)
         if fit is None:  # too few different rates
             continue
         gains = (fit.gain(math.log10(multiple)) for multiple in MULTIPLES)
-        best = f"{default * 10**fit.top:.1g}"
-        rows.append((method, str(len(flat)), f"{default:g}", f"{float(best):g}", fit.gain(fit.top), *gains))
+        best = f"{float(f'{default * 10**fit.top:.2g}'):g}" + (END if fit.top in fit.tried else "")
+        count = str(len(flat)) + (f", and {failed} that failed" if failed else "")
+        rows.append((method, count, f"{default:g}", best, fit.gain(fit.top), *gains))
     return Table(COLUMNS, rows)
 
 

@@ -11,7 +11,7 @@ from finetuning.comparison.statistics import p_text
 from finetuning.comparison.unequal import has_rare_class
 from finetuning.errors import listed
 from finetuning.pages import Table, dated
-from finetuning.runs.records import SCORES, accuracy_interval
+from finetuning.runs.records import PLAIN_SCORES, SCORES, accuracy_interval
 
 GIB = 2**30
 REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
@@ -180,7 +180,7 @@ def tuning_table(study: Study) -> Table:
     rows = []
     for name in sorted({run.row for run in study.tuning}):
         trials = sorted((run for run in study.tuning if run.row == name), key=lambda run: run.axes.get(RATE, 0.0))
-        in_words = "{:.4f}".format if trials[0].monitor == "loss" else percent
+        in_words = "{:.4f}".format if trials[0].monitor in PLAIN_SCORES else percent
         tried = [
             f"{shown_settings(run.axes)}: {'no score' if run.monitored is None else in_words(run.monitored)}"
             for run in trials
@@ -189,7 +189,9 @@ def tuning_table(study: Study) -> Table:
         taken = {} if finals is None else {flag: finals.common("config", flag) for flag in trials[0].axes}
         chosen = "" if None in taken.values() else shown_settings(taken)
         rows.append((name, trials[0].monitor, "; ".join(tried), chosen))
-    return Table(("row", "metric", "metric on validation, %, by what was tried", "the final runs have"), rows)
+    return Table(
+        ("row", "metric", "metric on validation (%; loss, MCC: number), by what was tried", "the final runs have"), rows
+    )
 
 
 def notes(study: Study) -> list[str]:
@@ -248,7 +250,7 @@ def _best_on_validation(study: Study) -> list[str]:
         highest = (min if metric == "loss" else max)(scores.values())
         best = [name for name, score in scores.items() if score == highest]
         if len(best) == 1 < len(scores):
-            shown = f"{highest:.4f}" if metric in ("loss", "mcc") else f"{percent(highest)} %"
+            shown = f"{highest:.4f}" if metric in PLAIN_SCORES else f"{percent(highest)} %"
             named = "" if metric == "accuracy" else f"{SCORES[metric]}: "
             found.append(f"Best on validation: {best[0]} ({named}{shown}).")
     return found

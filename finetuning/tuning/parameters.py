@@ -1,13 +1,12 @@
 """The parameters of a search: their values and conditions, the declared ones, and a file that changes them."""
 
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison.drawn import is_searched, searchable
+from finetuning.comparison.drawn import is_float, is_searched, searchable
 from finetuning.config import method_of
 from finetuning.errors import UserError, as_user_error
 from finetuning.settings import FLAGS, PACKAGED, PACKAGED_MODELS, full_name
@@ -170,6 +169,8 @@ def _row(name: str, row: Any) -> Parameter | None:
         raise UserError(f"{name}: {what} for numbers: give a list of values")
     for value in (*values, *(end for end in (low, high) if end is not None)):
         _check_kind(name, value, times_default)
+    if len(set(values)) < len(values):
+        raise UserError(f"{name}: {values}: must be different values")
     if low is not None and not (low < high and (not log or low > 0)):
         raise UserError(f"{name}: low {low}, high {high}: low must be below high, and above 0 with log")
     return Parameter(name, tuple(values), low, high, log, times_default, only, own=True)
@@ -182,6 +183,6 @@ def _check_kind(name: str, value: Any, times_default: bool) -> None:
         kind = float if times_default else FLAGS[name].kind
         allowed = {bool: "true or false", int: "whole numbers", float: "numbers"}.get(kind, "texts")
         fits = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
-        fits = fits and (kind is not float or -math.inf < value < math.inf)
+        fits = fits and (kind not in (int, float) or is_float(value))
     if not fits:
         raise UserError(f"{name}: {value}: must be {allowed}")

@@ -1,6 +1,7 @@
 """The space of a search: which parameters these texts and flags leave, and the flags of each point in it."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config import RunConfig, method_of
-from finetuning.errors import UserError
+from finetuning.errors import UserError, as_user_error
 from finetuning.pages import Table
 from finetuning.settings import ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER, shown_value
 from finetuning.tuning.parameters import (
@@ -23,6 +24,8 @@ from finetuning.tuning.parameters import (
     Value,
     read_space,
 )
+
+PLACES = (*ENCODER_TARGETS, "lora_modules")  # flags that say where LoRA is, as the placement does
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Space:
                 if not isinstance(usual, int | float):
                     raise UserError(f"times_default: it has no number as default, but {usual}")
                 product = float(point[parameter.name]) * usual
+                if math.isinf(product):
+                    raise UserError(f"times_default: {point[parameter.name]} times {usual} is too large")
                 whole = FLAGS[parameter.name].kind is int
                 flags[parameter.name] = max(1, round(product)) if whole else float(f"{product:.4g}")
         RunConfig.from_settings(**{**self.given, **flags})  # refuses products
@@ -223,10 +228,13 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
             continue
         if not row.contains(given[row.name]):
             raise UserError(f"--{row.name} {shown_value(given[row.name])}: --search {search} allows {row.shown}")
+    own = [row for row in named.values() if row is not None]
+    with as_user_error(f"--search {search}", UserError):
+        _check_undecided([row.name for row in own], given)
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
-    rows += [row for row in named.values() if row is not None]
+    rows += own
     rows += [Parameter(MODEL, tuple(models), own=True)] if models else []
-    if named.get("lora_modules"):  # in the place of the placement
+    if any(row.name in PLACES for row in own):  # in the place of the placement
         rows = [row for row in rows if row.own or row.name != PLACEMENT]
     free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
     rows = [row for row in free if row.own or not _is_decided(row.name, given)]
@@ -285,10 +293,20 @@ def _of_fused(row: Parameter, given: Mapping[str, Any], placed: bool) -> Paramet
     return row if row.own else replace(row, values=tuple(value for value in row.values if value != "dora"))
 
 
+def _check_undecided(names: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuses parameters of a file that given flags or the adapter decide, or that contradict each other."""
+    for name in names:
+        if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
+            raise UserError(f"{name}: the adapter of --init_adapter decides it: leave it out")
+    places = [name for name in PLACES if name in names or name in given]
+    if PLACEMENT in names and places:
+        raise UserError(f"{PLACEMENT}: {places[0]} says where LoRA is as well: leave out one of the two")
+
+
 def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
         return any(map(method_of, given))
     if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
         return True
-    return name == PLACEMENT and not {*ENCODER_TARGETS, "lora_modules"}.isdisjoint(given)
+    return name == PLACEMENT and not set(PLACES).isdisjoint(given)

@@ -244,6 +244,15 @@ REFUSED = [
         '[[rows]]\nname = "a"\ntune = { batch_size = { low = 1, high = inf } }\n[search]\ntrials = 2',
         "row a: tune: batch_size: must be { low = X, high = Y } with 0 < X < Y",
     ),
+    (
+        '[[rows]]\nname = "a"\ntune = { epochs = { low = 0.4, high = 2 } }\n[search]\ntrials = 2',
+        "row a: tune: epochs: low and high must be whole numbers",
+    ),
+    (
+        f'[[rows]]\nname = "a"\ntune = {{ learning_rate = [1{"0" * 400}] }}',
+        "row a: tune: learning_rate: must be numbers",
+    ),
+    ('[[rows]]\nname = "a"\nmodel_name = "a\\u0000b"', "must not contain the character NUL"),
     ('[[rows]]\nname = "a"\noptimizer = "lion"', "row a: optimizer lion: must be one of adam, adamw, "),
     (
         '[[rows]]\nname = "a"\nmethod = "full"\nlora_r = 2',

@@ -231,6 +231,16 @@ def test_the_space_of_several_models_is_what_all_of_them_allow(tmp_path: Path) -
             'lora_r = { values = [4, 8], if = { lora_r = 8 } }\nepochs = { values = [1, 2], if = { lora_r = 8 } }',
             {}, "--search: lora_r: its condition names itself",
         ),
+        ("lora_r = [8, 8]", {}, "--search .*space.toml: lora_r: .8, 8.: must be different values"),
+        ("dropout = [0, 0.0]", {}, "--search .*space.toml: dropout: .0, 0.0.: must be different values"),
+        (f"lora_alpha = [1, 1{'0' * 400}]", {}, "--search .*space.toml: lora_alpha: 10+: must be numbers"),
+        (
+            "batch_size = { values = [1, 1e308], times_default = true }",
+            {}, "--search: batch_size: times_default: 1e.308 times 32 is too large",
+        ),
+        ('placement = ["all"]', {"lora_mlp": False}, "placement: lora_mlp says where LoRA is as well: leave out"),
+        ('placement = ["all"]\nlora_query = [true]', {}, "placement: lora_query says where LoRA is as well"),
+        ("lora_r = [4, 16]", {"init_adapter": Path("a")}, "lora_r: the adapter of --init_adapter decides it: leave it"),
         ("replace = true", {}, "the space is empty"),
         ("replace = true\ndropout = [0.1]", {}, "the space is empty"),
     ],
@@ -251,6 +261,13 @@ def test_a_flag_of_lora_leaves_the_other_methods_in(tmp_path: Path) -> None:
         assert ("lora_alpha" in point) == ("lora_plus_ratio" in point) == (method == "lora")
         assert ("trainable_layers" in point) == (method == "selective")
         assert "label_smoothing" not in point, "the rank is 4, or there is none"
+
+
+def test_a_flag_that_says_where_lora_is_takes_the_place_of_the_placement(tmp_path: Path) -> None:
+    assert "placement" in {row.name for row in space_of().parameters}
+    names = {row.name for row in space_of(search=written(tmp_path, "lora_query = [true, false]")).parameters}
+    assert "lora_query" in names
+    assert "placement" not in names
 
 
 @pytest.mark.parametrize("first", [0, 1])
