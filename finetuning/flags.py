@@ -22,7 +22,7 @@ ALLOWED = {  # by type
     "parse_bool": "True, yes, 1, False, no or 0",
     "parse_bool_or_auto": f"True, yes, 1, False, no, 0 or {AUTO}",
     "parse_int_or_auto": f"a whole number or {AUTO}",
-    "parse_path": "a path, or left out",
+    "parse_path": "a path",
 }
 
 
@@ -59,7 +59,8 @@ def _wrong_type(message: str) -> str | None:
     found = re.fullmatch(r"(\S+): invalid (\w+) value: (['\"])(.*)\3", message, re.DOTALL)
     if not found or found[2] not in ALLOWED:
         return None
-    return f"{found[1]} {found[4]}: must be {ALLOWED[found[2]]}"
+    left_out = ", or left out" if found[2] == "parse_path" and found[1].startswith("-") else ""
+    return f"{found[1]} {found[4]}: must be {ALLOWED[found[2]]}{left_out}"
 
 
 def _wrong_choice(message: str) -> str | None:

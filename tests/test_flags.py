@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.flags import OneLineParser, flag_words, from_flags, given_flags, make_parser, parse_bool
+from finetuning.flags import (
+    OneLineParser,
+    flag_words,
+    from_flags,
+    given_flags,
+    make_parser,
+    parse_bool,
+    parse_path,
+)
 from finetuning.runs.directory import settings_to_run
 from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
 from tests.common import ROOT, config_of_flags, lora_of_flags, refusal, refusal_of, some
@@ -44,6 +52,9 @@ def test_an_empty_path_is_not_the_current_folder() -> None:
     for flag in ("output_dir", "data_dir", "init_adapter"):
         assert refusal(f"--{flag}=") == f"--{flag} : must be a path, or left out"
     assert given_flags(["--output_dir", "."]) == {"output_dir": Path()}
+    parser = OneLineParser()
+    parser.add_argument("run", type=parse_path)
+    assert refusal_of(parser.parse_args, [""]) == "run : must be a path"
 
 
 def test_the_home_folder_is_found_where_shells_leave_its_sign() -> None:

@@ -450,6 +450,8 @@ def test_several_labels_are_predicted_as_in_the_run(distilbert: Path, tmp_path: 
     assert f"; micro F1 {test['micro_f1']:.2%}; macro F1 {test['macro_f1']:.2%}; 40 labelled and answered" in score
     wrong = "--label_separator ',': goes with --label_column"
     assert wrong in refusal(capsys, run, "--text", "a", "--label_separator", ",")
+    wrong = "--text_column: must be the name of a column, or left out"
+    assert wrong in refusal(capsys, run, "--file", str(tmp_path / "test.csv"), "--text_column", "")
 
 
 @pytest.fixture(scope="module")

@@ -202,8 +202,10 @@ def _strict_csv(path: Path, options: dict[str, Any]) -> Iterator[None]:
             warnings.simplefilter("error", pd.errors.ParserWarning)
             yield
     except (pd.errors.ParserWarning, pd.errors.ParserError):
-        with opened(path) as file:
-            columns = list(pd.read_csv(file, nrows=0, **options).columns)
+        columns: list[str] = []
+        with opened(path) as file, contextlib.suppress(csv.Error):
+            text = io.TextIOWrapper(file, encoding=options["encoding"], newline="")
+            columns = next(csv.reader(text, delimiter=options["sep"]), [])  # pandas would read on, to the same error
         if odd := other_separator(columns):
             separated = f"separate columns by commas instead of {odd!r}"
             raise ValueError(f"its header has one column, {listed(columns)}: {separated}") from None

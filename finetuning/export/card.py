@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from finetuning.datasets import traits_of
+from finetuning.errors import counted
 from finetuning.export.onnx_file import ONNX_FILE
 from finetuning.export.proof import beside, run_alone
 from finetuning.html import render
@@ -20,7 +21,7 @@ from finetuning.runs.calibration import reliability
 from finetuning.runs.files import ADAPTER_CONFIG
 from finetuning.runs.finished import FinishedRun
 from finetuning.runs.score_tables import class_table, percent, score_table
-from finetuning.settings import MINILM_FORMS, PACKAGED_BASE, LoRASettings, MethodSettings
+from finetuning.settings import MINILM_FORMS, PACKAGED_BASE, PACKAGED_MODELS, LoRASettings, MethodSettings
 from finetuning.storage import write_text
 
 CARD = "README.md"
@@ -168,7 +169,7 @@ def _cross_validation(run: FinishedRun) -> dict[str, Any] | None:
     same = folds["same_epoch"]
     return {
         "count": len(folds["folds"]),
-        "epochs": folds["epochs"],
+        "epochs": counted(folds["epochs"], "epoch"),
         "examples": run.result["validation"]["examples"],
         "accuracy": percent(same["accuracy"], same["accuracy_ci95"]),
     }
@@ -204,12 +205,13 @@ def _library(folder: Path) -> str:
 
 def _base_and_licence(model_name: str, folder: Path) -> tuple[str | None, str | None]:
     """The hub id of the base model, and its licence, as far as they are known."""
-    if model_name in KNOWN_BASES:
+    own = model_name not in PACKAGED_MODELS and Path(model_name).is_dir()  # it comes before the hub's of that name
+    if model_name in KNOWN_BASES and not own:
         return KNOWN_BASES[model_name]
     licence = None
     with suppress(Exception):  # the card is missing, or its metadata can make the YAML library raise any type
         licence = ModelCard((folder / CARD).read_text(encoding="utf8")).data.get("license")
-    local = Path(model_name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name)
+    local = own or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name)
     return None if local else model_name, licence
 
 
@@ -273,7 +275,7 @@ def _classified(model: str, pairs: bool, threshold: float | None) -> str:
     """A pipeline, and what it says about an example."""
     text = f'{{"text": "{EXAMPLE}", "text_pair": "{SECOND}"}}' if pairs else f'"{EXAMPLE}"'
     several = "" if threshold is None else ', function_to_apply="sigmoid"'
-    given = "" if threshold is None else f', "given" if answer["score"] > {threshold:g} else ""'
+    given = "" if threshold is None else f', "given" if answer["score"] > {threshold!r} else ""'
     return f"""classify = pipeline("text-classification", {model}, top_k=None{several}, truncation=True)
 for answer in classify([{text}])[0]:
     print(answer["label"], round(answer["score"], 3){given})"""

@@ -138,6 +138,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         column = getattr(arguments, flag)
         if column is None:
             continue
+        if not column:
+            raise UserError(f"--{flag}: must be the name of a column, or left out")
         from finetuning.prediction.rows import is_table
 
         if file is None or not is_table(file):

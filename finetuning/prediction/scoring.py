@@ -97,6 +97,7 @@ class Score:
             labelled = there = known = False
             strange: str | None = None  # a label that training may have lacked
             lists = self._multi_label and self._separator is None  # an empty one is a text without a label
+            marks = lists  # whether all have a 0 or 1 for each label, which training refuses as well
             for table in source.tables():
                 true = self._true(table)
                 found = [label for labels in true for label in labels or ()]
@@ -107,6 +108,7 @@ class Score:
                 known |= len(unknown) < len(found)
                 labelled |= bool(found) or (lists and any(labels is not None for labels in true))
                 there |= self.column in table
+                marks = marks and self.column in table and table[self.column].map(self._is_of_marks).all()
                 yield table
             if not there:
                 texts_in(table, self.column, source.where, "label_column")  # says that it is missing
@@ -114,8 +116,18 @@ class Score:
                 raise self._no_label(strange)
             if not labelled:
                 raise UserError(f"--label_column {self.column}: has no label: leave it out")
+            if marks:
+                raise UserError(
+                    f"--label_column {self.column}: each list has a 0 or 1 for each of {len(self._places)} labels, but"
+                    " must have the labels themselves, as [0, 2] instead of [1, 0, 1]: convert them"
+                )
 
         return replace(source, tables=tables)
+
+    def _is_of_marks(self, value: object) -> bool:
+        """Whether a list has a 0 or 1 for each of the classifier's labels."""
+        marks = value.tolist() if isinstance(value, np.ndarray) else value
+        return isinstance(marks, list) and len(marks) == len(self._places) and all(mark in (0, 1) for mark in marks)
 
     def _no_label(self, label: str) -> UserError:
         hint = misspelled(label, self._places) or ", ".join(self._places)

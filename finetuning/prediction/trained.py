@@ -86,16 +86,17 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
     names_of_length = ("max_position_embeddings", "n_positions", "max_seq_len")
     positions = next((content[name] for name in names_of_length if content.get(name)), math.inf)
     stored = _json(directory, TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}
-    longest = min(stored.get("model_max_length") or math.inf, positions)
-    config = RunConfig.from_settings(
-        dataset="text",
-        data_dir=directory,
-        model_name=str(directory.resolve()),  # "packaged" would be another model
-        method="head",
-        max_length=int(longest) if longest < UNLIMITED else LONGEST,
-        offline=True,
-        **_reading(content),
-    )
+    with as_user_error(f"{directory}: its {MODEL_CONFIG} or {TOKENIZER_CONFIG} cannot be used", UserError, TypeError):
+        longest = min(stored.get("model_max_length") or math.inf, positions)
+        config = RunConfig.from_settings(
+            dataset="text",
+            data_dir=directory,
+            model_name=str(directory.resolve()),  # "packaged" would be another model
+            method="head",
+            max_length=int(longest) if longest < UNLIMITED else LONGEST,
+            offline=True,
+            **_reading(content),
+        )
     label_names, rule = [str(names[number]) for number in numbers], MOST_PROBABLE
     if len(set(label_names)) < len(label_names):
         raise UserError(f"{directory}: two labels have the same name, says its {MODEL_CONFIG}: rename one")

@@ -149,6 +149,7 @@ def test_damaged_gzip(tmp_path: Path, name: str) -> None:
             "a quote in line 2 that is open or not doubled: put texts",
         ),
         ("a.csv", "text,label,text\na,1,b\n", r"two columns of its header \(text, label, text\) have the same name"),
+        ("a.csv", 'text,label\n"open,a\nb,c\n', r"header \(text, label\), or an open quote: put texts with commas in"),
         ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "text, as after an open quote, at open 1 fine 1 shut"),
         (
             "a.csv",

@@ -9,7 +9,15 @@ import yaml
 
 from finetuning.config import RunConfig
 from finetuning.export.adapter import recorded_base, writes_base
-from finetuning.export.card import KNOWN_BASES, _cross_validation, _metadata, _method, _precision, _reading
+from finetuning.export.card import (
+    KNOWN_BASES,
+    _base_and_licence,
+    _cross_validation,
+    _metadata,
+    _method,
+    _precision,
+    _reading,
+)
 from finetuning.runs.answers import MOST_PROBABLE
 from finetuning.settings import PACKAGED_MODELS
 
@@ -56,7 +64,7 @@ def test_the_score_of_folds_is_the_one_to_report(same: Any, tuned: bool, said: s
     result = {"task": {"threshold_tuned": tuned}, "validation": {"examples": 1200}}
     run: Any = SimpleNamespace(result=result | {"kfold": kfold})
     told = _cross_validation(run)
-    assert told == (said and {"count": 2, "epochs": 7, "examples": 1200, "accuracy": said})
+    assert told == (said and {"count": 2, "epochs": "7 epochs", "examples": 1200, "accuracy": said})
     assert _cross_validation(SimpleNamespace(result=result)) is None  # type: ignore[arg-type]
 
 
@@ -68,6 +76,15 @@ def test_an_adapter_of_a_packaged_model_brings_the_model(name: str) -> None:
     assert writes_base(run(name)), "PEFT cannot load it by this name"
     assert not writes_base(run("distilbert-base-uncased"))
     assert KNOWN_BASES[name][1] == "apache-2.0"
+
+
+def test_a_folder_named_like_a_model_of_the_hub_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _base_and_licence("roberta-base", tmp_path) == ("FacebookAI/roberta-base", "mit")
+    Path("roberta-base").mkdir()
+    assert _base_and_licence("roberta-base", Path("roberta-base")) == (None, None)
 
 
 def test_a_base_model_in_a_folder_is_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

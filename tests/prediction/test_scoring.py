@@ -56,6 +56,14 @@ def test_a_label_that_multi_label_training_lacked_is_missed() -> None:
     assert str(score).endswith("; unknown to the classifier, so missed: ham")
 
 
+def test_a_0_or_1_for_each_label_is_refused_as_in_training() -> None:
+    score = Score(replace(TRAINED, label_names=["0", "1", "2"], rule=Rule(0.5)), "y")
+    marks: list[Any] = [[0, 1, 0], np.array([1, 1, 0])]
+    message = refusal_of(list, score.checking(source(marks, [[0, 0, 1]])).tables())
+    assert message.startswith("--label_column y: each list has a 0 or 1 for each of 3 labels")
+    list(score.checking(source(marks, [[0, 1]])).tables())
+
+
 def test_precision_and_recall_of_the_positive_class() -> None:
     score = Score(replace(TRAINED, label_names=["ham", "spam"], rule=Rule(0.1, 1)), "y")
     list(score.counted([(rows(["ham", "ham", "spam", "spam"]), [["ham", "spam", "spam", "spam"]])]))

@@ -87,6 +87,14 @@ def test_the_longest_text(tmp_path: Path, config: Any, tokenizer: Any, expected:
         (CONFIG | {"problem_type": "regression"}, "must be a text classifier with at least two labels"),
         ("{", "config.json cannot be read: "),
         ("[]", "config.json cannot be read: it must hold a JSON object"),
+        (
+            CONFIG | {"max_position_embeddings": "512"},
+            "its config.json or tokenizer_config.json cannot be used: '<' not",
+        ),
+        (
+            CONFIG | {"windows": {"windows": 0, "window_overlap": 0, "window_pooling": "max", "truncation": "head"}},
+            "its config.json or tokenizer_config.json cannot be used: --windows 0: must be at least 1",
+        ),
         ({"output_dir": "x"}, "must be a finished run, but has no result.json"),  # of another program
     ],
 )
