@@ -96,7 +96,7 @@ def carry_out(directory: Path, inputs: "Inputs") -> dict[str, Any]:
     with claim.lock:
         with recorded(directory, claim.config.to_dict()) as record:
             folds = steps.cross_validate(claim, inputs, carry_out)
-            classifier, record.built = steps.build_model(claim, inputs)
+            classifier, record.built = steps.build_model(claim, inputs, folds)
             with steps.watched(claim, inputs.hardware.on_gpu, trackers) as watch:
                 record.cost = watch.cost
                 training = steps.prepare_training(claim, inputs, classifier, record.built.kernels, watch, folds)

@@ -147,7 +147,7 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
 def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     bert: Path, review_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    more = ("--epochs", "0", "--offline", "--lora_mlp", "False", "--report", "True")
+    more = ("--epochs", "1", "--learning_rate", "1e-9", "--offline", "--lora_mlp", "False", "--report", "True")
     words = flags(bert, review_folder, tmp_path / "run", *more)
     assert main(words) == 0
     result, shown = read_result(tmp_path / "run"), capsys.readouterr().out
@@ -237,6 +237,7 @@ def test_an_adapter_is_evaluated_and_trained_on(
     assert main([*words("mixed", 0), *again, "--split", "stratified"]) == 0
     mixed, known = read_result(tmp_path / "mixed"), "it may know texts of validation"
     assert [known in " ".join(result["advice"]) for result in (more, mixed)] == [False, True]
+    assert not any("learn" in sentence for sentence in only["advice"]), "it has not trained"
     capsys.readouterr()
     for refused, message in (
         ([*again, "--lora_r", "4"], "--lora_r 4"),

@@ -54,22 +54,46 @@ class Adapter:
         names: list[str] | None = self.result.get("data", {}).get("label_names")
         return names
 
-    def knows(self, data: DataSettings) -> bool:
-        """Whether its run read the same data set, in whatever parts, or one of the runs that this one continued."""
-        result, place = self.result, data.data_dir and data.data_dir.resolve()
+    def runs_on(self, data: DataSettings) -> "list[EarlierRun]":
+        """The runs that have read the same data set, in whatever parts: its own, and those that this one continued.
+
+        The latest comes first. A run that has gone ends the list, because nobody knows what it continued.
+        """
+        found: list[EarlierRun] = []
+        run: EarlierRun | None = EarlierRun(self.folder, self.result)
         for _ in range(MOST_CONTINUED):
-            config = result.get("config", {})
-            read = config.get("data_dir") and Path(config["data_dir"]).resolve()
-            if config.get("dataset") == data.dataset and read == place:
-                return True
-            try:
-                result = read_result(Path(config["init_adapter"]))
-            except (KeyError, TypeError, OSError, ValueError):  # there is none, or it has gone
-                return False
-        return False
+            if run is None:
+                break
+            found += [run] if run.has_read(data) else []
+            run = run.continued()
+        return found
+
+    def file_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by name."""
+        return {name: sha256_of(self.folder / name) for name in (ADAPTER, ADAPTER_CONFIG)}
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A finished run whose adapter a later one has continued."""
+
+    folder: Path
+    result: Mapping[str, Any]
+
+    def has_read(self, data: DataSettings) -> bool:
+        """Whether it read this data set, in whatever parts."""
+        place = data.data_dir and data.data_dir.resolve()
+        return self.result.get("config", {}).get("dataset") == data.dataset and place in self._places("data_dir")
+
+    def continued(self) -> "EarlierRun | None":
+        """The run whose adapter it has continued; ``None`` if there is none, or it has gone."""
+        for place in filter(None, self._places("init_adapter")):
+            with suppress(OSError, ValueError):
+                return EarlierRun(place, read_result(place))
+        return None
 
     def held_out_differs(self, data: DataSettings, hashes: Mapping[str, str]) -> bool:
-        """Whether validation or test were other texts in its run. If texts are now cut in another way, nobody knows.
+        """Whether its validation or test were other texts. If texts are now cut in another way, nobody knows.
 
         Args:
             data: the settings of a run on the same data.
@@ -83,9 +107,15 @@ class Adapter:
             return cut_alike and any(before.get(name) not in (None, value) for name, value in held_out.items())
         return False
 
-    def file_hashes(self) -> dict[str, str]:
-        """The SHA-256 of each of its files, by name."""
-        return {name: sha256_of(self.folder / name) for name in (ADAPTER, ADAPTER_CONFIG)}
+    def _places(self, setting: str) -> list[Path | None]:
+        """Where a path of its settings leads from the folder in which its command was given, and from this one."""
+        value = self.result.get("config", {}).get(setting)
+        if value is None:
+            return [None]
+        begun_in = ""  # earlier versions did not record it
+        with suppress(OSError, ValueError, KeyError):
+            begun_in = read_origin(self.folder)["folder"]
+        return [Path(start, value).resolve() for start in (begun_in, "")]
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -84,20 +84,20 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     if resume:
         return
     held = [name for name in RUN_FILES if (directory / name).exists()]
-    holds_run = _holds_run(directory)
-    if held and not holds_run:
+    has_run = holds_run(directory)
+    if held and not has_run:
         damaged = f", or a run whose {SETTINGS} is damaged" if SETTINGS in held else ""
         raise UserError(f"{flag}: contains a {held[0]} from another program{damaged}: give another directory")
-    if holds_run and not overwrite and (other := holder(directory)) is not None:
+    if has_run and not overwrite and (other := holder(directory)) is not None:
         raise in_use(directory, other)
-    if holds_run and not overwrite:
+    if has_run and not overwrite:
         ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"
         raise UserError(f"{flag}: already contains a run ({held[0]}): give another directory, {ways}")
-    if not holds_run and (inside := next(filter(_holds_run, sorted(directory.glob("*/"))), None)):
+    if not has_run and (inside := next(filter(holds_run, sorted(directory.glob("*/"))), None)):
         raise UserError(f"{flag}: contains other runs ({inside.name}): give a new directory inside it")
 
 
-def _holds_run(directory: Path) -> bool:
+def holds_run(directory: Path) -> bool:
     """Whether the directory contains settings of a run. Other programs use the same file names."""
     try:
         return "output_dir" in read_settings(directory)
@@ -189,7 +189,7 @@ def checkpoint_to_resume(directory: Path) -> Path | None:
 
 def begun_folds(directory: Path) -> list[Path]:
     """The directories of the folds that a run with ``--kfold`` has begun."""
-    return [fold for fold in sorted((directory / FOLDS).glob("*/")) if _holds_run(fold)]
+    return [fold for fold in sorted((directory / FOLDS).glob("*/")) if holds_run(fold)]
 
 
 def claimed_directory(
@@ -257,7 +257,7 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
     precision, continues = recorded.get("precision"), origin.get("precision")  # earlier versions did not record it
     if precision is not None and precision != continues:
         _warn_of_change(f"in {precision}", f"in {continues}, which this machine has")
-    return origin | recorded
+    return origin | recorded | {"folder": origin["folder"]}  # --data_dir may have been given anew
 
 
 def _warn_of_change(began: str, continues: str, way: str = "") -> None:

@@ -108,7 +108,7 @@ def write_settings(directory: Path, settings: dict[str, Any], origin: dict[str, 
     Args:
         origin: what a run that continues must find again: hashes of the files of its ``base_model`` and ``adapter``,
             hashes of its ``data``, its ``precision``, and its number of ``threads``, ``None`` on a GPU. Also the number
-            of the SLURM ``job`` that began it, or ``None``, and its ``command``.
+            of the SLURM ``job`` that began it, or ``None``, its ``command``, and the ``folder`` in which it was given.
     """
     content = settings | {ORIGIN: origin}
     write_json(directory / SETTINGS, content | {SUMS: _sum(content)})

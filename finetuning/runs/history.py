@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.runs.files import CURVE, METRICS, PREDICTIONS
+from finetuning.runs.records import PLAIN_SCORES, score_text
 from finetuning.storage import write_atomically
 
 VALIDATED = "validation_"  # begins the columns of ``metrics.csv`` with scores
@@ -77,10 +78,17 @@ def scores_by_epoch(directory: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str) -> None:
-    """Plots training and validation loss over the steps and, below them, the monitored metric with its best point.
+def plot_learning_curve(
+    directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str, kept: int | None
+) -> None:
+    """Plots training and validation loss over the steps and, below them, the monitored metric.
 
     A run without validation, the last one of ``--kfold``, only has a training loss.
+
+    Args:
+        rows: of ``metrics.csv``.
+        monitor: the metric that chose the checkpoint. For the loss, which is above, the accuracy is below.
+        kept: the epoch whose checkpoint the run kept, which is marked; ``None`` for none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -103,15 +111,17 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
     if validated:
         at = [row["step"] for row in validated]
         above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
-        values = [100 * row[f"validation_{metric}"] for row in validated]
+        plain = metric in PLAIN_SCORES
+        scale, unit = (1, "") if plain else (100, ", %")
+        values = [scale * row[f"validation_{metric}"] for row in validated]
         below.plot(at, values, "o-", color="#d94801")
-        best = int(np.argmax(values))
-        below.annotate(
-            f"{values[best]:.2f} %", (at[best], values[best]), xytext=(-6, 6), textcoords="offset points", ha="right"
-        )
-        below.set(ylabel=f"validation {metric.replace('_', '-')}, %")
+        for row, value in zip(validated, values, strict=True):
+            if row["epoch"] == kept:
+                shown = score_text(metric, value / scale)
+                below.annotate(shown, (row["step"], value), xytext=(-6, 6), textcoords="offset points", ha="right")
+        below.set(ylabel=f"validation {metric.replace('_', '-')}{unit}")
         below.margins(y=0.25)
-        below.set_ylim(top=min(below.get_ylim()[1], 101))
+        below.set_ylim(top=min(below.get_ylim()[1], 1.01 * scale))
     above.set(ylabel="cross-entropy, nats", ylim=(0, None))
     above.set_title(title, parse_math=False)  # a folder's name may contain $
     above.legend(frameon=False)

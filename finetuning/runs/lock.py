@@ -22,6 +22,7 @@ from finetuning.errors import UserError
 
 LOCK = ".lock"
 LOOK_AGAIN_SECONDS = 0.5
+A_MOMENT = 0.01  # seconds
 ANOTHER = "another process"  # whose name the lock does not say
 
 
@@ -58,6 +59,9 @@ class DirectoryLock:
             file = os.fdopen(descriptor, "r+", encoding="utf8", errors="replace")  # a crash may leave any bytes
             try:
                 locked = _locks(file, fcntl.LOCK_EX)
+                if not locked:  # a command that only looks, see ``holder``, has a shared lock for a moment
+                    time.sleep(A_MOMENT)
+                    locked = _locks(file, fcntl.LOCK_EX)
             except OSError as error:
                 print(f"warning: {directory} cannot be locked ({error.strerror}): start no second run", file=sys.stderr)
                 return file

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import counted
-from finetuning.runs.records import SCORES, BaselineRecord, FoldsRecord, score_names
+from finetuning.runs.records import SCORES, BaselineRecord, FoldsRecord, score_names, score_text
 
 INSTALLED = "finetune-lora"  # the command that pip installs
 TO_REPORT = "(report this, or the score of a large test split)"
@@ -79,7 +79,7 @@ def scores_line(scores: Mapping[str, Any], monitor: str, multi_label: bool) -> s
     """
     names = dict.fromkeys(("accuracy", *(("micro_f1",) if multi_label else ()), "macro_f1", monitor))
     shown = score_names(multi_label)
-    parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
+    parts = [f"{shown[name]} {score_text(name, scores[name])}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
 
 
@@ -156,11 +156,9 @@ def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False, lab
     note = TUNED if tuned else TO_REPORT
     lines = [f"{label:<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {note}"]
     if monitor != "accuracy" and monitor in same["mean"]:
-        kind = ".4f" if monitor == "loss" else ".2%"
-        score = f"{same['mean'][monitor]:{kind}}"
+        score = score_text(monitor, same["mean"][monitor])
         if limits := same["mean_ci95"].get(monitor):
-            low, high = limits
-            score += f", 95 % interval {low:{kind}} to {high:{kind}}"
+            score += ", 95 % interval " + " to ".join(score_text(monitor, limit) for limit in limits)
         lines.append(f"{'':<11} then {SCORES[monitor]}, mean of the folds: {score}")
     return lines
 

@@ -14,12 +14,18 @@ SCORES = {  # as people read them
     "accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "auroc": "AUROC",
     "mean_average_precision": "mean average precision", "loss": "loss, nats",
 }  # fmt: skip
+PLAIN_SCORES = ("loss", "mcc")  # numbers; the others are shares, which people read in percent
 NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use the compiled kernels
 
 
 def score_names(multi_label: bool) -> dict[str, str]:
     """``SCORES``; the accuracy of a multi-label run is the exact match of all labels."""
     return SCORES | ({"accuracy": "exact match"} if multi_label else {})
+
+
+def score_text(name: str, value: float) -> str:
+    """A score as a run prints it: ``97.20%``, or ``0.9431`` for one of ``PLAIN_SCORES``."""
+    return f"{value:.4f}" if name in PLAIN_SCORES else f"{value:.2%}"
 
 
 class DataRecord(TypedDict, total=False):
@@ -58,7 +64,7 @@ class FoldsRecord(Means):
     """The runs on the folds of ``--kfold``. The scores of all predictions together are the run's ``validation``."""
 
     folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds, ``baseline``
-    epochs: int  # that the final run trains: the median of those that the folds chose
+    epochs: int  # that the final run trains: the median of those that the folds chose, of two in the middle the higher
     same_epoch: dict[str, Any] | None  # after ``epochs`` in every fold: accuracy of all texts, means of all scores
     seconds: float  # of all runs on folds
 
@@ -113,7 +119,9 @@ class CostRecord:
 
     memory: dict[str, Any]  # ``peak_bytes`` without the baseline's, and the ``source`` that measured it
     seconds: float  # wall clock of training, evaluation and files, without the time between interruption and resume
-    process_seconds: float | None  # wall clock since the process started, with imports; not of a continued run
+    process_seconds: (
+        float | None
+    )  # wall clock since the process started, with imports; not of a run that is continued or has folds
     alone: bool | None  # whether no other process used the processors
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from finetuning.pages import Table
 from finetuning.runs.answers import Answers
-from finetuning.runs.records import score_names
+from finetuning.runs.records import PLAIN_SCORES, score_names
 from finetuning.runs.scores import Interval, class_scores, score_intervals
 
 
@@ -32,7 +32,7 @@ def score_table(result: dict[str, Any], answers: dict[str, Answers]) -> Table:
     multi_label = any(part.rule.multi_label for part in answers.values())
     rows = []
     for key, name in score_names(multi_label).items():
-        shown = number if key in ("loss", "mcc") else percent
+        shown = number if key in PLAIN_SCORES else percent
         cells = [shown(result[s][key], intervals[s].get(key)) if key in result[s] else "" for s in splits]
         if any(cells):
             rows.append((name, *cells, *(shown(scores[key]) if key in scores else "" for scores in others.values())))

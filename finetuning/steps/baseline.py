@@ -38,9 +38,11 @@ def compare_with_baseline(training: Training, trained: TrainedRecord) -> Compare
             say("no baseline: a fold has none")
             return None
         record, own = of_folds(folds) if folds else _compared(training)
+        if not config.training.epochs:
+            return ComparedRecord(record, [])
         from finetuning.comparison import baselines
 
-        epoch = folds["epochs"] if folds else trained.validation.get("epoch", 0)  # none with --epochs 0
+        epoch = folds["epochs"] if folds else trained.validation["epoch"]
         advice = baselines.advice(
             own, record["validation"], config.training.monitor, multi_label,
             all_linears=_lacks_linears(config.lora),

@@ -56,4 +56,5 @@ def origin_of(inputs: Inputs) -> dict[str, Any]:
         "precision": inputs.hardware.precision,
         "job": slurm_job(),
         "command": command_line(sys.argv),
+        "folder": str(Path.cwd()),
     }

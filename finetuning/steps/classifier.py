@@ -9,13 +9,15 @@ from finetuning.processes import is_helper
 from finetuning.runs.measurements import environment_record
 from finetuning.runs.records import BuiltRecord
 from finetuning.steps.claim import Claim
+from finetuning.steps.folds import Folds
 from finetuning.steps.inputs import Inputs
 from finetuning.training.hardware import kernels_used, prepare_process
 from finetuning.training.trainer import quiet_lightning
 
 
-def build_model(claim: Claim, inputs: Inputs) -> tuple[Classifier, BuiltRecord]:
+def build_model(claim: Claim, inputs: Inputs, folds: Folds | None) -> tuple[Classifier, BuiltRecord]:
     """Builds the classifier with its LoRA layers, and prints settings and parameter counts."""
+    stop = None if folds is None else folds.record["epochs"]
     hardware, run = inputs.hardware, claim.config.run
     prepare_process(hardware)
     with quiet_lightning():
@@ -26,7 +28,7 @@ def build_model(claim: Claim, inputs: Inputs) -> tuple[Classifier, BuiltRecord]:
     base = None
     if not is_helper():
         base = {"precision": hardware.precision, "sha256": inputs.base.file_hashes}
-        say(f"{inputs.headline(classifier)}\nrun     {claim.directory}\n\n{parameter_table(groups)}\n")
+        say(f"{inputs.headline(classifier, stop)}\nrun     {claim.directory}\n\n{parameter_table(groups)}\n")
         if run.verbose:
             say(module_table(classifier.model))
     return classifier, BuiltRecord(

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.errors import Interrupted, TrainingFailed, Unheard, UserError, counted, say
+from finetuning.errors import Interrupted, TrainingFailed, Unheard, UserError, as_user_error, counted, say
 from finetuning.runs.answers import joined
-from finetuning.runs.directory import fold_directories
-from finetuning.runs.files import SETTINGS, read_status
+from finetuning.runs.directory import fold_directories, holds_run
+from finetuning.runs.files import METRICS, check_unchanged, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import scores_by_epoch
 from finetuning.runs.measurements import forget_peak
@@ -77,8 +77,8 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     for line in (*lines, *largest_class_line("all folds", scores)):
         say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
-    whole, median = counted(training.epochs, "epoch"), f"the median of the folds' {chosen}"
-    stop = f"schedule of {whole}, stopped after {record['epochs']}, {median}"
+    median = f"the {'median' if count % 2 else 'higher median'} of the folds' {chosen}"
+    stop = f"schedule of {counted(training.epochs, 'epoch')}, stopped after {record['epochs']}, {median}"
     say(f"{'final run':<11} {stop}\n")
     return folds
 
@@ -93,7 +93,7 @@ def time_left(runs: Sequence[FinishedRun], count: int) -> float:
 def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs], dict[str, Any]]) -> FinishedRun:
     """The finished run on a fold. It is begun or continued if necessary."""
     if read_status(directory) != "finished":
-        begun = (directory / SETTINGS).exists()
+        begun = holds_run(directory)  # not if its settings are damaged: then it starts over
         config = fold.config.changed(output_dir=directory, resume=begun, overwrite=not begun)
         terminal = sys.stdout if sys.stdout.isatty() else None
         with closing(Unheard(terminal, f"fold {fold.config.data.fold}  ")) as unheard, redirect_stdout(unheard):
@@ -149,8 +149,18 @@ def means(folds: Sequence[Mapping[str, Any]]) -> Means:
 
 
 def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
-    """The scores of the folds after this epoch; ``None`` if a fold has stopped before it."""
-    histories = [scores_by_epoch(run.directory) for run in runs]
+    """The scores of the folds after this epoch; ``None`` if a fold has stopped before it.
+
+    Raises:
+        UserError: the history of a fold is missing or was changed.
+    """
+    histories = []
+    for run in runs:
+        path = run.directory / METRICS
+        check_unchanged(path)
+        what = f"{path} cannot be read (restore it, or remove {run.directory} and train again)"
+        with as_user_error(what, OSError):
+            histories.append(scores_by_epoch(run.directory))
     if not all(epochs in history for history in histories):
         return None
     folds = [history[epochs] for history in histories]

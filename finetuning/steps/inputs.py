@@ -62,15 +62,21 @@ class Inputs:
         parts = self.config, self.base, self.texts.label_names, self.hardware.dtype
         return build_classifier(*parts) if self.adapter is None else build_from_adapter(*parts, self.adapter)
 
-    def headline(self, classifier: Classifier) -> str:
-        """The text that the run prints before training: data, model, settings."""
+    def headline(self, classifier: Classifier, stop: int | None = None) -> str:
+        """The text that the run prints before training: data, model, settings.
+
+        Args:
+            stop: after how many epochs it stops, if folds have chosen them.
+        """
         data, training, processes = self.texts, self.config.training, self.config.hardware.processes
         share, longest = self.share_at_limit, self.config.data.longest
         some = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
         cut = [f"{some} of the training texts reach {longest:,} tokens, and longer ones are cut"] if share else []
         ratio = training.lora_plus_ratio
         of_B = "" if ratio is None else f", of LoRA's B {ratio:g} times as high"
-        patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
+        waits = training.patience if stop is None else 0
+        patience = f"; stops after {counted(waits, 'epoch')} without gain" if waits else ""
+        epochs, of_all = (training.epochs, "") if stop is None else (stop, f"{stop} of ")
         texts, steps_per_epoch = data.sizes["train"], self.batches.steps_per_epoch
         held = texts / (steps_per_epoch * training.accumulate * processes)  # what --batch_tokens allows, in the mean
         size = f"about {held:.0f}" if held < 0.75 * min(texts, training.batch_size) else str(training.batch_size)
@@ -83,8 +89,8 @@ class Inputs:
             f"model   {self.base.name}, {self.config.name}, {self.hardware.described}",
             f"        CPU kernels: {kernels_used(classifier, self.config.hardware, self.hardware)}",
             f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-            f"        {texts:,} texts: {size} texts a batch, {counted(training.epochs, 'epoch')},"
-            f" {training.epochs * steps_per_epoch:,} steps{patience}",
+            f"        {texts:,} texts: {size} texts a batch, {of_all}{counted(training.epochs, 'epoch')},"
+            f" {epochs * steps_per_epoch:,} steps{patience}",
             *(f"advice  {sentence}" for sentence in self.advice),
         ]
         return "\n".join(lines)

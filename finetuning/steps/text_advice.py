@@ -125,7 +125,7 @@ def head_advice(others: str, training: TrainingSettings) -> list[str]:
 
 def check_adapter_and_folds(adapter: Adapter, data: DataSettings) -> None:
     """Refuses folds of texts that the adapter was trained on."""
-    if data.kfold is not None and adapter.knows(data):
+    if data.kfold is not None and adapter.runs_on(data):
         raise UserError(
             f"--kfold {data.kfold}: the adapter of --init_adapter was trained on texts of the same data, which folds"
             " would score as new ones: leave out one of the two"
@@ -138,7 +138,7 @@ def known_texts_advice(adapter: Adapter, data: DataSettings, hashes: Mapping[str
     Args:
         hashes: of its splits, from ``data_hashes``.
     """
-    if not (adapter.knows(data) and adapter.held_out_differs(data, hashes)):
+    if not any(run.held_out_differs(data, hashes) for run in adapter.runs_on(data)):
         return []
     return [
         "the adapter of --init_adapter was trained on other parts of the same data: it may know texts of validation or"

@@ -89,17 +89,19 @@ def train(training: Training) -> TrainedRecord:
     """Fits the classifier, validates it and saves its weights. With no epochs, it only validates."""
     task, module, folds = training.inputs.task, training.module, training.folds
     validation = _fit(training)
-    files = _save(training) if training.trainer.is_global_zero else None
+    files = _save(training, validation.get("epoch")) if training.trainer.is_global_zero else None
     _, labels, logits = module.predictions["validation"]
     counts = task.counts(training.inputs.splits["train"].labels)
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
-    found = one_answer_advice(task, logits, module.settings, counts, texts)
-    found += chance_advice(task, labels, logits, texts, kfold, partial(takes_kfold, training.claim.config))
+    found: list[str] = []
+    if module.settings.epochs:
+        found += one_answer_advice(task, logits, module.settings, counts, texts)
+        found += chance_advice(task, labels, logits, texts, kfold, partial(takes_kfold, training.claim.config))
     adapter, epochs = training.inputs.adapter, module.settings.epochs
-    compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well
-    if adapter is not None and adapter.knows(training.claim.config.data):
-        compared = epochs + checkpoints_compared(adapter.result)
+    earlier = [] if adapter is None else adapter.runs_on(training.claim.config.data)
+    # the checkpoints that validation has compared before count as well; those of the latest run include earlier ones
+    compared = epochs + checkpoints_compared(earlier[0].result) if earlier else None
     return TrainedRecord(
         task=task.record(),
         validation=validation,
@@ -132,15 +134,19 @@ def _fit(training: Training) -> dict[str, Any]:
     return module.record("validation") | {"examples": examples, "seconds": seconds} | epoch
 
 
-def _save(training: Training) -> dict[str, int]:
-    """Writes the trained weights and the learning curve. Returns the bytes of what a run is used or continued with."""
+def _save(training: Training, kept: int | None) -> dict[str, int]:
+    """Writes the trained weights and the learning curve. Returns the bytes of what a run is used or continued with.
+
+    Args:
+        kept: the epoch that validation chose, if it did.
+    """
     claim, classifier, meter = training.claim, training.module.classifier, training.watch.meter
     config, directory = claim.config, claim.directory
     pooling = training.inputs.base.other_pooling(config.model.pooling)
     saved = save_trained(directory, classifier, config.lora, config.model.model_name, pooling)
     optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"
     title = f"{training.inputs.texts.source}: {config.method.method}, {optimizer}"
-    plot_learning_curve(directory, meter.rows, config.training.monitor, title)
+    plot_learning_curve(directory, meter.rows, config.training.monitor, title, kept)
     return {path.name: path.stat().st_size for path in (saved, directory / LAST_CHECKPOINT) if path.exists()}
 
 

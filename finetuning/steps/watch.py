@@ -26,7 +26,8 @@ class Watch:
         run, hardware = claim.config.run, claim.config.hardware
         self.meter = Meter(claim.directory, on_row=trackers.log if trackers else None)
         self.stop = GracefulStop(claim.directory, self.meter, run.checkpoint_minutes, run.checkpoint_steps)
-        self._on_gpu, self._resumed = on_gpu, run.resume
+        self._on_gpu = on_gpu
+        self._alone_in_process = not run.resume and claim.config.data.kfold is None  # one process does all folds
         self._one_process = hardware.processes == 1
         self._started, self._busy = time.perf_counter(), processor_seconds()
         self._memory: dict[str, Any] | None = None
@@ -41,7 +42,7 @@ class Watch:
         return CostRecord(
             memory=self._memory or peak_memory(self._on_gpu),
             seconds=self.meter.run_seconds,
-            process_seconds=None if self._resumed else process_seconds(),
+            process_seconds=process_seconds() if self._alone_in_process else None,
             alone=was_alone(self._busy, seconds) if self._one_process else None,
         )
 

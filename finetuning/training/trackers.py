@@ -41,6 +41,8 @@ class Trackers:
     def open(self, settings: dict[str, Any], resumed: bool, replaced: bool = False) -> None:
         """Opens the trackers and logs the settings. A tracker that cannot be reached fails here, before training.
 
+        With folds, only the final run has trackers, so they are opened after the runs on the folds.
+
         Args:
             settings: every flag with its value.
             resumed: whether to continue what the run logged before it was interrupted.

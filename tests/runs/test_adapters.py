@@ -21,7 +21,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.adapters import read_adapter
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result, write_settings
 from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
@@ -165,10 +165,27 @@ def test_an_adapter_knows_the_texts_of_all_runs_that_made_it(bases: dict[str, Pa
     known = read_adapter(folders[2])
     for number in range(4):
         data = replace(config.data, data_dir=tmp_path / str(number))
-        assert known.knows(data) == (number < 3)
+        assert [run.folder for run in known.runs_on(data)] == folders[number : number + 1]
     shutil.rmtree(folders[1])
-    assert known.knows(replace(config.data, data_dir=tmp_path / "2"))
-    assert not known.knows(replace(config.data, data_dir=tmp_path / "0")), "nobody can tell any more"
+    assert known.runs_on(replace(config.data, data_dir=tmp_path / "2"))
+    assert not known.runs_on(replace(config.data, data_dir=tmp_path / "0")), "nobody can tell any more"
+
+
+def test_relative_paths_of_an_earlier_run_are_those_of_its_folder(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, earlier in (("first", None), ("second", "first")):
+        (folder := tmp_path / name).mkdir()
+        _, config = trained(bases["bert"], folder)
+        settings = config.to_dict() | {"data_dir": "reviews.csv", "init_adapter": earlier}
+        write_settings(folder, settings, {"folder": str(tmp_path)})
+        write_result(folder, {"status": "finished", "config": settings})
+    (tmp_path / "elsewhere").mkdir()
+    for place, data in ((tmp_path, "reviews.csv"), (tmp_path / "elsewhere", "../reviews.csv")):
+        monkeypatch.chdir(place)
+        adapter = read_adapter(Path(tmp_path / "second"))
+        assert len(adapter.runs_on(replace(config.data, data_dir=Path(data)))) == 2
+        assert not adapter.runs_on(replace(config.data, data_dir=Path("others.csv")))
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -42,6 +42,7 @@ ORIGIN = {
     "threads": 2,
     "job": None,
     "command": "python finetune_lora.py",
+    "folder": "/work",
 }
 
 

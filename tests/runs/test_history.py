@@ -44,15 +44,21 @@ def test_what_was_not_measured_stays_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("monitor", "validated"), [("accuracy", True), ("macro_f1", True), ("loss", True), ("accuracy", False)]
+    ("monitor", "validated"),
+    [("accuracy", True), ("macro_f1", True), ("mcc", True), ("loss", True), ("accuracy", False)],
 )
 def test_the_learning_curve_is_a_picture(tmp_path: Path, monitor: str, validated: bool) -> None:
     rows: list[dict[str, float]] = [{"step": i, "train_loss": 1 / i} for i in range(1, 41)]
     if validated:
         for step in (20, 40):
-            scores = {"validation_loss": 0.3, "validation_accuracy": 0.8, "validation_macro_f1": 0.7}
-            rows.append({"step": step} | scores)
-    plot_learning_curve(tmp_path, rows, monitor, r"my $\folder_{: lora")
+            scores = {
+                "validation_loss": 0.3,
+                "validation_accuracy": 0.8,
+                "validation_macro_f1": 0.7,
+                "validation_mcc": 0.6,
+            }
+            rows.append({"step": step, "epoch": step / 20} | scores)
+    plot_learning_curve(tmp_path, rows, monitor, r"my $\folder_{: lora", kept=1 if validated else None)
     assert [path.name for path in tmp_path.iterdir()] == [CURVE]
     data = (tmp_path / CURVE).read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")

@@ -65,7 +65,15 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, m
     monkeypatch.setattr(fcntl, "flock", end_of_the_first)
     with DirectoryLock(tmp_path), pytest.raises(UserError, match="is being written by"):
         DirectoryLock(tmp_path)
-    assert len(taken) == 3
+    assert len(taken) == 4, "the one that was refused has looked twice"
+
+
+def test_who_only_looks_refuses_nobody(tmp_path: Path, monkeypatch: Patch) -> None:
+    with (tmp_path / LOCK).open("w+", encoding="utf8") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr("finetuning.runs.lock.time.sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+        with DirectoryLock(tmp_path):
+            pass
 
 
 def test_a_lock_with_damaged_content_is_not_in_the_way(tmp_path: Path) -> None:

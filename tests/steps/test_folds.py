@@ -157,7 +157,8 @@ def test_the_command_prints_a_line_for_each_fold(words: Words, tmp_path: Path, c
         lines[7]
         == "            on all folds, always answering the largest class is right for 50.00%, with a macro F1 of 33.33%"
     )
-    assert lines[8] == "final run   schedule of 1 epoch, stopped after 1, the median of the folds' 1, 1"
+    assert lines[8] == "final run   schedule of 1 epoch, stopped after 1, the higher median of the folds' 1, 1"
+    assert any(line.endswith(" texts a batch, 1 of 1 epoch, 5 steps") for line in lines), "no patience in the final run"
     assert sum(line.startswith("data ") for line in lines) == 1
     assert lines.count(lines[6].replace("            after", "out of fold after")) == 1, "again where the run ends"
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
@@ -238,6 +239,26 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert main([*flags, "--resume", "auto"]) == 0
     assert "has finished: nothing to do" in capsys.readouterr().out
     assert (output / "result.json").read_bytes() == before
+
+
+def test_a_folds_changed_history_is_refused_and_one_with_damaged_settings_starts_over(
+    finished: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run, history = Path(shutil.copytree(finished, tmp_path / "run")), tmp_path / "run" / "folds" / "1" / "metrics.csv"
+    again = ["--resume", "--output_dir", str(run)]
+    (run / "result.json").unlink()
+    intact = history.read_bytes()
+    history.write_bytes(intact.replace(b"0.", b"1.", 1))
+    assert main(again) == 1
+    assert f"{history} was changed after its run wrote it" in capsys.readouterr().err
+    history.unlink()
+    assert main(again) == 1
+    assert f"{history} cannot be read (restore it, or remove {history.parent}" in capsys.readouterr().err
+    history.write_bytes(intact)
+    (run / "folds" / "2" / "result.json").unlink()  # as if it had been killed
+    (run / "folds" / "2" / "settings.json").write_text("{", encoding="utf8")
+    assert main(again) == 0
+    assert (run / ADAPTER).read_bytes() == (finished / ADAPTER).read_bytes()
 
 
 def test_a_run_whose_texts_have_changed_is_not_continued(
@@ -407,7 +428,7 @@ def test_folds_that_score_alike_have_no_interval() -> None:
     found = means([{"accuracy": 0.9, "mcc": 1.0}, {"accuracy": 0.8, "mcc": 1.0}])
     assert (found["mean"]["mcc"], set(found["mean_ci95"])) == (1.0, {"accuracy"})
     record: Any = {"epochs": 9, "same_epoch": {"accuracy": 0.85, "accuracy_ci95": [0.6, 0.9], **found}}
-    assert same_epoch_lines(record, "mcc")[1].endswith("mean of the folds: 100.00%")
+    assert same_epoch_lines(record, "mcc")[1].endswith("mean of the folds: 1.0000")
 
 
 def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
