@@ -52,7 +52,7 @@ WITHOUT_INT8 = {
 }
 COLUMNS = (
     "model, LoRA on, max_length", "without int8", "tokens/s: int8, without", "training, int8 / without",
-    "evaluation, int8 / without", "training, int8 / tuned PEFT",
+    "evaluation, int8 / without", "training / PEFT: int8, without",
 )  # fmt: skip
 
 
@@ -104,14 +104,15 @@ def table(result: Record) -> str:
         shares = (
             harness.ratios(int8, dense, "train_tokens_per_second"),
             harness.ratios(int8, dense, "evaluation_tokens_per_second"),
-            harness.ratios(int8, peer, "train_tokens_per_second"),
         )
+        over_peer = [harness.ratios(part, peer, "train_tokens_per_second") for part in (int8, dense)]
         rows.append(
             (
                 place(work["model"], work["targets"], work["max_length"]),
                 WITHOUT_INT8[work["processor"]],
                 ", ".join("" if rate is None else f"{rate.median:,.0f}" for rate in rates),
                 *(str(share or "") for share in shares),
+                ", ".join(str(ratio) for ratio in over_peer if ratio is not None),
             )
         )
     conditions = harness.conditions(result)

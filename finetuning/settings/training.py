@@ -62,7 +62,8 @@ class TrainingSettings:
         or_auto=True,
     )  # fmt: skip
     batch_tokens: int = setting(
-        None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given",
+        None, "Largest batch, in tokens including padding.",
+        "6144, or what a text with its windows has; no limit if only --batch_size is given",
         or_auto=True,
     )  # fmt: skip
     batch_size: int = setting(None, "Largest batch, in texts.", "auto, by the texts", at_least=1, or_auto=True)
