@@ -75,7 +75,7 @@ def rates_table(grid: Grid) -> Table:
         if fit is None:  # too few different rates
             continue
         gains = (fit.gain(math.log10(multiple)) for multiple in MULTIPLES)
-        best = f"{float(f'{default * 10**fit.top:.2g}'):g}" + (END if fit.top in fit.tried else "")
+        best = f"{default * 10**fit.top:.2g}" + (END if fit.top in fit.tried else "")
         count = str(len(flat)) + (f", and {failed} that failed" if failed else "")
         rows.append((method, count, f"{default:g}", best, fit.gain(fit.top), *gains))
     return Table(COLUMNS, rows)

@@ -110,8 +110,7 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     kinds = {type(value) for value in values}
     if kinds <= {int, float, bool} and _are_zeros_and_ones(lists):
         raise UserError(
-            f"{flag}: each list has a 0 or 1 for each of {len(lists.iloc[0])} labels, but must have the labels"
-            f" themselves, as [0, 2] instead of [1, 0, 1]: convert them, and give --dataset text --data_dir PATH"
+            f"{flag}: {marks_instead_of_labels(len(lists.iloc[0]))}, and give --dataset text --data_dir PATH"
         )
     if len(kinds) > 1 or not kinds <= {str, int}:
         raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
@@ -218,7 +217,18 @@ def _names_in(label: Any) -> list[Any]:
 def _are_zeros_and_ones(lists: pd.Series) -> bool:
     """Whether the lists have a 0 or 1 for each label: all have the same length, of two or more."""
     lengths = set(lists.map(len))
-    return len(lengths) == 1 and lengths.pop() > 1 and all(value in (0, 1) for row in lists for value in row)
+    return len(lengths) == 1 and (count := lengths.pop()) > 1 and all(has_mark_for_each(row, count) for row in lists)
+
+
+def has_mark_for_each(row: Sequence[Any], count: int) -> bool:
+    """Whether a list has a 0 or 1 for each of ``count`` labels."""
+    return len(row) == count and all(value in (0, 1) for value in row)
+
+
+def marks_instead_of_labels(count: int) -> str:
+    """What is wrong with lists that all have a 0 or 1 for each of ``count`` labels, and what to do."""
+    wanted = "but must have the labels themselves, as [0, 2] instead of [1, 0, 1]: convert them"
+    return f"each list has a 0 or 1 for each of {count} labels, {wanted}"
 
 
 def rarest_labels(given: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from finetuning.data.columns import texts_in
 from finetuning.data.files import UNREADABLE
-from finetuning.data.labels import SEPARATORS, as_number, misspelled
+from finetuning.data.labels import SEPARATORS, as_number, has_mark_for_each, marks_instead_of_labels, misspelled
 from finetuning.data.tables import class_names, shortest_numbers, split_files
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError, listed
@@ -117,17 +117,14 @@ class Score:
             if not labelled:
                 raise UserError(f"--label_column {self.column}: has no label: leave it out")
             if marks:
-                raise UserError(
-                    f"--label_column {self.column}: each list has a 0 or 1 for each of {len(self._places)} labels, but"
-                    " must have the labels themselves, as [0, 2] instead of [1, 0, 1]: convert them"
-                )
+                raise UserError(f"--label_column {self.column}: {marks_instead_of_labels(len(self._places))}")
 
         return replace(source, tables=tables)
 
     def _is_of_marks(self, value: object) -> bool:
         """Whether a list has a 0 or 1 for each of the classifier's labels."""
         marks = value.tolist() if isinstance(value, np.ndarray) else value
-        return isinstance(marks, list) and len(marks) == len(self._places) and all(mark in (0, 1) for mark in marks)
+        return isinstance(marks, list) and has_mark_for_each(marks, len(self._places))
 
     def _no_label(self, label: str) -> UserError:
         hint = misspelled(label, self._places) or ", ".join(self._places)

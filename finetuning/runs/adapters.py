@@ -59,13 +59,13 @@ class Adapter:
 
         The latest comes first. A run that has gone ends the list, because nobody knows what it continued.
         """
-        found: list[EarlierRun] = []
-        run: EarlierRun | None = EarlierRun(self.folder, self.result)
+        found, run = [], EarlierRun(self.folder, self.result)
         for _ in range(MOST_CONTINUED):
-            if run is None:
+            if run.has_read(data):
+                found.append(run)
+            if (before := run.continued()) is None:
                 break
-            found += [run] if run.has_read(data) else []
-            run = run.continued()
+            run = before
         return found
 
     def file_hashes(self) -> dict[str, str]:

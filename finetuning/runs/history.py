@@ -111,13 +111,12 @@ def plot_learning_curve(
     if validated:
         at = [row["step"] for row in validated]
         above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
-        plain = metric in PLAIN_SCORES
-        scale, unit = (1, "") if plain else (100, ", %")
+        scale, unit = (1, "") if metric in PLAIN_SCORES else (100, ", %")
         values = [scale * row[f"validation_{metric}"] for row in validated]
         below.plot(at, values, "o-", color="#d94801")
         for row, value in zip(validated, values, strict=True):
             if row["epoch"] == kept:
-                shown = score_text(metric, value / scale)
+                shown = score_text(metric, row[f"validation_{metric}"])
                 below.annotate(shown, (row["step"], value), xytext=(-6, 6), textcoords="offset points", ha="right")
         below.set(ylabel=f"validation {metric.replace('_', '-')}{unit}")
         below.margins(y=0.25)

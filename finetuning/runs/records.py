@@ -119,9 +119,7 @@ class CostRecord:
 
     memory: dict[str, Any]  # ``peak_bytes`` without the baseline's, and the ``source`` that measured it
     seconds: float  # wall clock of training, evaluation and files, without the time between interruption and resume
-    process_seconds: (
-        float | None
-    )  # wall clock since the process started, with imports; not of a run that is continued or has folds
+    process_seconds: float | None  # wall clock since the process started; not of a run that is continued or has folds
     alone: bool | None  # whether no other process used the processors
 
 

@@ -26,6 +26,7 @@ from finetuning.tuning.parameters import (
 )
 
 PLACES = (*ENCODER_TARGETS, "lora_modules")  # flags that say where LoRA is, as the placement does
+BY_ADAPTER = (*OF_ADAPTER, PLACEMENT)  # parameters that --init_adapter decides
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def _of_fused(row: Parameter, given: Mapping[str, Any], placed: bool) -> Paramet
 def _check_undecided(names: Sequence[str], given: Mapping[str, Any]) -> None:
     """Refuses parameters of a file that given flags or the adapter decide, or that contradict each other."""
     for name in names:
-        if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
+        if "init_adapter" in given and name in BY_ADAPTER:
             raise UserError(f"{name}: the adapter of --init_adapter decides it: leave it out")
     places = [name for name in PLACES if name in names or name in given]
     if PLACEMENT in names and places:
@@ -307,6 +308,6 @@ def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
         return any(map(method_of, given))
-    if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
+    if "init_adapter" in given and name in BY_ADAPTER:
         return True
     return name == PLACEMENT and not set(PLACES).isdisjoint(given)
