@@ -84,36 +84,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert f"; {TRIED} ended of {TRIED}" in out
     assert f"best run    {first / 'best'}" in out
 
-    assert Plan.read(first).given["patience"] is None, "what is given as auto stays so"
-    summary = read_json(first / "tune.json")
-    winner = summary["winner"]
-    assert sum(summary["trials"].values()) == TRIED
-    assert winner["seeds"] == [1, 2]
-    results = [read_result(first / run) for run in winner["runs"]]
-    assert winner["test"]["accuracy"] == pytest.approx(sum(r["test"]["accuracy"] for r in results) / 2)
-    assert summary["default"]["seeds"] == [1, 2]
-    finalists = [summary["default"], summary["candidate"]]
-    assert winner == max(finalists, key=lambda record: record["validation"]["accuracy"]), "of equal ones the default"
-    gain = winner["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
-    assert summary["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
-    gain = summary["candidate"]["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
-    assert summary["candidate_gain"]["mean"] == pytest.approx(gain, abs=1e-6)
-    assert all("baseline" in result for result in results)
-    assert summary["gain"]["ci95"][0] <= summary["gain"]["mean"] <= summary["gain"]["ci95"][1]
-    tested = [path.name for path in sorted((first / "trials").glob("*/")) if "test" in read_result(path)]
-    assert tested == ["000"]  # the default, with which the report compares
-    assert not list(first.glob("trials/*/*.ckpt"))
-    page = (first / "tune.html").read_text(encoding="utf8")
-    assert page.count("<figure>") >= 2
-    assert str(tmp_path) not in page
-    plan = Plan.read(first)
-    lost = summary | {"default": summary["default"] | {"runs": [], "error": "killed"}}
-    page = make_page("first", plan, Trials(first / "trials", plan.monitor).all(), lost)
-    assert "The default failed (killed), so nothing is compared with it" in page
-    assert predict.main([str(first / "best"), "--text", "a joy"]) == 0
-    assert (first / "best" / "report.html").exists()
-    assert [export_flags(first, summary, pooling) for pooling in ("mean", "first")] == [" --onnx", ""]
-
+    check_what_a_search_leaves(first)
     monkeypatch.setattr(Plot, "png", b"")  # drawing takes seconds for each of the pages that follow
     assert main([*words, "--seeds", "1", "--output_dir", str(second), "--jobs", "1"]) == 0
     assert trials_of(first) == trials_of(second)
@@ -133,6 +104,39 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert a_failure_loses(first)
     assert the_defaults_first_run_wins_a_short_search(first)
     check_that_resume_takes_no_flags(first, capsys)
+
+
+def check_what_a_search_leaves(folder: Path) -> None:
+    """Its numbers, its page and its best run."""
+    assert Plan.read(folder).given["patience"] is None, "what is given as auto stays so"
+    summary = read_json(folder / "tune.json")
+    winner = summary["winner"]
+    assert sum(summary["trials"].values()) == TRIED
+    assert winner["seeds"] == [1, 2]
+    results = [read_result(folder / run) for run in winner["runs"]]
+    assert winner["test"]["accuracy"] == pytest.approx(sum(r["test"]["accuracy"] for r in results) / 2)
+    assert summary["default"]["seeds"] == [1, 2]
+    finalists = [summary["default"], summary["candidate"]]
+    assert winner == max(finalists, key=lambda record: record["validation"]["accuracy"]), "of equal ones the default"
+    gain = winner["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
+    assert summary["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
+    gain = summary["candidate"]["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
+    assert summary["candidate_gain"]["mean"] == pytest.approx(gain, abs=1e-6)
+    assert all("baseline" in result for result in results)
+    assert summary["gain"]["ci95"][0] <= summary["gain"]["mean"] <= summary["gain"]["ci95"][1]
+    tested = [path.name for path in sorted((folder / "trials").glob("*/")) if "test" in read_result(path)]
+    assert tested == ["000"]  # the default, with which the report compares
+    assert not list(folder.glob("trials/*/*.ckpt"))
+    page = (folder / "tune.html").read_text(encoding="utf8")
+    assert page.count("<figure>") >= 2
+    assert str(folder.parent) not in page
+    plan = Plan.read(folder)
+    lost = summary | {"default": summary["default"] | {"runs": [], "error": "killed"}}
+    page = make_page("first", plan, Trials(folder / "trials", plan.monitor).all(), lost)
+    assert "The default failed (killed), so nothing is compared with it" in page
+    assert predict.main([str(folder / "best"), "--text", "a joy"]) == 0
+    assert (folder / "best" / "report.html").exists()
+    assert [export_flags(folder, summary, pooling) for pooling in ("mean", "first")] == [" --onnx", ""]
 
 
 def check_that_resume_takes_no_flags(folder: Path, capsys: Capture) -> None:
