@@ -88,6 +88,8 @@ def _config_of(base: BaseModel, settings: ModelSettings, label_names: Sequence[s
         setattr(config, name, settings.dropout)
     if config.model_type == "big_bird":  # block_sparse depends on the padding, and ends for good at a short batch
         config.attention_type = "original_full"
+    if not base.chooses_pooling:
+        vars(config).pop("classifier_pooling", None)  # an entry that the model's own class ignores
     if settings.pooling is not None:  # ModernBERT's name and words
         config.classifier_pooling = "mean" if settings.pooling == "mean" else "cls"
     config.attn_implementation = "sdpa"

@@ -185,6 +185,9 @@ CONFIGS: dict[str, tuple[str, str, dict[str, object]]] = {
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 16},
     ),
     "a window that Llama ignores": ("llama", "full", {"sliding_window": 4}),
+    "a width of heads that BERT ignores": ("bert", "full", {"head_dim": 16}),
+    "a width of heads that GPT-2 ignores": ("gpt2", "full", {"head_dim": 16}),
+    "a width of heads of its own": ("qwen2", "full", {"head_dim": 16}),
     "types of layers that Mistral ignores": (
         "mistral",
         "full",

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="union-attr,arg-type"
 """``--pooling mean``: the head reads the mean of a text's real tokens."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,15 @@ def test_logits_and_gradients_are_those_of_the_mean(
     )
     assert torch.equal(first, own)
     assert (first - gradients[0][""]).abs().max() > 1e-3
+
+
+def test_an_entry_that_the_models_class_ignores_is_ignored(bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"classifier_pooling": "mean"}))
+    ids = torch.randint(1000, 30000, (4, 12), generator=torch.Generator().manual_seed(3))
+    logits = [build(source)(ids, torch.ones_like(ids)) for source in (folder, bert)]
+    assert torch.equal(*logits)
 
 
 def test_a_decoder_is_refused(folder_of: Any) -> None:
