@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 # What torch, the system's loader, Python's threads, the tokenizers' threads and CUDA say if they find no memory.
+NO_WAY_THERE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # of a look at a path: a Path's exists() raises them
 NO_MEMORY = (
     "can't allocate memory", "failed to map segment", "can't start new thread", "ThreadPoolBuildError",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
@@ -159,9 +160,12 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     except BrokenPipeError:  # whoever read standard output has seen enough, for example `head`
         status, line = 1, ""
     except BaseException as error:  # a panic of the tokenizers is no Exception
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            status, line = 1, "failed: out of memory: use fewer or shorter texts or a smaller model, or free memory"
+        elif isinstance(error, OSError) and error.errno in NO_WAY_THERE:
+            status, line = 2, f"error: {first_line(error, name_file=True)}"
+        else:
             raise
-        status, line = 1, "failed: out of memory: use fewer or shorter texts or a smaller model, or free memory"
     if line:
         say(line, sys.stderr)
     return status

@@ -4,6 +4,7 @@ Nothing here imports torch, so a wrong flag fails at once.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown[1].startswith("-"):
             near = get_close_matches(unknown[1], known, n=1, cutoff=0.8)
         else:
-            named = Path(unknown[1]).exists()
+            named = os.path.exists(unknown[1])  # noqa: PTH110  # a Path's own method raises for a long text
             near = [f"{option} {unknown[1]}" for option in ("--file", "--data_dir") if named and option in known][:1]
         return f"; did you mean {near[0]}?" if near else ""
 

@@ -120,6 +120,16 @@ def test_a_run_that_fails_elsewhere_in_the_meantime_is_not_tried_again(capsys: p
     assert "failed earlier: no space left" in capsys.readouterr().out
 
 
+def test_a_run_whose_log_cannot_be_written_is_not_started(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("")
+    (run,) = runs.study.runs
+    runs.log(run).mkdir(parents=True)
+    assert main(["run", "tiny.toml", "--data_dir", "."]) == 2
+    shown = capsys.readouterr()
+    assert "started" not in shown.out
+    assert shown.err == f"error: --runs_dir: {runs.log(run)} cannot be written: Is a directory\n"
+
+
 def test_an_error_of_the_command_stops_its_runs() -> None:
     def command(run: subprocess.Popen[bytes]) -> None:
         with CurrentRuns[CurrentRun]().listening() as current:

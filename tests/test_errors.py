@@ -42,6 +42,8 @@ def ends(error: BaseException) -> int:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."), 1, "failed: out of memory: .*"),
         (RuntimeError("can't start new thread"), 1, "failed: out of memory: .*"),
         (PanicException("ThreadPoolBuildError { kind: IOError(...) }"), 1, "failed: out of memory: .*"),
+        (PermissionError(13, "Permission denied", "a/result.json"), 2, "error: Permission denied: a/result.json"),
+        (OSError(36, "File name too long", "a text"), 2, "error: File name too long: a text"),
     ],
 )
 def test_a_command_that_ends_early_says_why_in_one_line(
@@ -53,7 +55,9 @@ def test_a_command_that_ends_early_says_why_in_one_line(
     assert re.fullmatch(line, printed.err.removesuffix("\n"))
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), PanicException("a bug"), SystemExit(3)])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), FileNotFoundError(2, "a bug", "a"), PanicException("a bug"), SystemExit(3)]
+)
 def test_an_error_that_nobody_expects_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):
         ends(error)

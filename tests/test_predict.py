@@ -319,6 +319,9 @@ def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> 
     run = runs["lora"]
     assert "give --text TEXT or --file FILE" in refusal(capsys, run)
     assert "did you mean --file?" in refusal(capsys, run, "--files", "a")
+    text = "long " * 2_000
+    assert "unrecognized arguments: long" in refusal(capsys, run, text)
+    assert refusal(capsys, text.replace(" ", ""), "--text", "a").startswith("error: File name too long: long")
     for words in (["--text", "a"], ["--file", tmp_path / "lines.txt"]):
         message = refusal(capsys, run, *words, "--text_column", "review")
         assert "--text_column review: needs --file with a table, for example .csv, because text has no" in message

@@ -104,11 +104,19 @@ def test_two_tasks_train_as_one_process_does_in_a_directory_of_the_job(
     assert (result["config"]["devices"], result["config"]["num_nodes"]) == (2, 1)
 
 
-def test_a_job_from_another_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "missing"),
+    [
+        (SCRIPT, "finetune_lora.py"),
+        (ROOT / "studies" / "run_study_array.SBATCH", SCRIPT.name),
+        (ROOT / "studies" / "run_tune_array.SBATCH", SCRIPT.name),
+    ],
+)
+def test_a_job_from_another_folder_is_refused(script: Path, missing: str, tmp_path: Path) -> None:
     job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
-    done = subprocess.run(["bash", str(SCRIPT)], env=job, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", str(script), "a.toml"], env=job, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path} has no finetune_lora.py: submit this script from the project's folder\n"
+    assert done.stderr == f"error: {tmp_path} has no {missing}: submit this script from the project's folder\n"
 
 
 def test_the_script_names_no_place_of_one_machine() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from finetuning.comparison.drawn import shown_settings
 from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
-from finetuning.errors import UserError
+from finetuning.errors import UserError, as_user_error
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
 from finetuning.gpus import VISIBLE, visible_cards
 from finetuning.processes import STOP_SIGNALS, handled, spin_variables, stop_signals, usable_cores
@@ -294,10 +294,12 @@ class StudyExecution:
         verb = "continued" if "--resume" in flags else "started"
         tuned = {flag: run.settings[flag] for flag in run.tuned}
         chosen = f" with what tuning chose, {shown_settings(tuned)}" if tuned else ""
-        print(f"{self.position_of(run)}  {verb}{chosen}, see {log}", flush=True)
         words = [*self.runs.command_words(run, self.starter.script), *flags]
         alone = run.settings.get("devices", 1) == run.settings.get("num_nodes", 1) == 1
-        return self.starter.start(words, log, lock, may_fork=alone, idle=not self.current)
+        with as_user_error(f"--runs_dir: {log} cannot be written", OSError):
+            process = self.starter.start(words, log, lock, may_fork=alone, idle=not self.current)
+        print(f"{self.position_of(run)}  {verb}{chosen}, see {log}", flush=True)
+        return process
 
     def wait(self) -> None:
         """Waits until a current run has ended, a second at most."""

@@ -176,6 +176,8 @@ def read_plan(path: Path) -> StudyPlan:
     with as_user_error(f"{path} cannot be read", OSError, ValueError):  # ValueError: no TOML, or not UTF-8
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     with as_user_error(str(path), UserError):
+        if path.stem.strip(".") == "":  # runs lie in a folder of this name
+            raise UserError("must have a name before .toml")
         return _plan(path.stem, content)
 
 
@@ -216,6 +218,11 @@ def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
     if not all(isinstance(each.get("name"), str) for each in (*sets, *rows)):
         raise UserError("data: each [[data]] and each [[rows]] needs a name")
     for each in sets:
+        own_texts = (content["defaults"] | each).get("dataset") == "text"
+        if own_texts and "data_dir" not in each:  # all sets would read the same texts
+            raise UserError(
+                f'data {each["name"]}: needs data_dir = "{each["name"]}", its folder in the one of --data_dir'
+            )
         folder = str(each.get("data_dir", each["name"]))
         if Path(folder).name != each["name"]:
             raise UserError(f"data {each['name']}: must have the name of its folder, data_dir {folder}")

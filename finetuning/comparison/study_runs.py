@@ -198,7 +198,8 @@ class StudyRuns:
             shutil.rmtree(half, ignore_errors=True)
             try:
                 shutil.copytree(source, half, ignore=shutil.ignore_patterns(*CHECKPOINTS, ".*"))
-            except OSError:  # its files still change
+            except OSError:  # its files still change, or the disk is full
+                shutil.rmtree(half, ignore_errors=True)
                 continue
             # A process that was killed early leaves a lock and half a file. What else is there is none of ours.
             for path in (self.directory(run) / LOCK, *self.directory(run).glob(TEMPORARY)):

@@ -194,9 +194,18 @@ def complete_config(config: Any, rule: Rule) -> None:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, max_length: int) -> None:
-    """Writes the tokenizer. It cuts texts at the run's ``--max_length`` if it is told to truncate."""
+    """Writes the tokenizer. It cuts texts at the run's ``--max_length`` if it is told to truncate.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     tokenizer.model_max_length = max_length
     tokenizer.truncation_side = "right"  # a pipeline keeps the beginning, whatever the base model's file says
     tokenizer.backend_tokenizer.no_padding()  # a tokenizer's file may set its own padding and truncation
     tokenizer.backend_tokenizer.enable_truncation(max_length)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if "(os error " not in str(error):  # so tokenizers names what the system refuses; it has no type for it
+            raise
+        raise OSError(str(error)) from error

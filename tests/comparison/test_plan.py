@@ -292,6 +292,10 @@ REFUSED = [
     (SEARCHED.replace('name = "one"', ""), "data: each [[data]] and each [[rows]] needs a name"),
     ("data = 3", "data: must be tables, [[data]]"),
     (SEARCHED.replace('data_dir = "two"', 'data_dir = "2"'), "data two: must have the name of its folder"),
+    (
+        '[defaults]\ndataset = "text"' + SEARCHED.replace('data_dir = "two"', ""),
+        'data two: needs data_dir = "two", its',
+    ),
     ('[[rows]]\nname = "a"\ndata = ["two"]', "row a: data: needs [[data]], the sets that it names"),
     ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
     ("[search]\ntrials = 2", "[search] no row has anything to tune"),
@@ -318,6 +322,11 @@ def test_a_refused_study_is_named_with_row_and_key_in_one_line(tmp_path: Path, t
 def test_a_study_says_what_it_asks(tmp_path: Path, content: str) -> None:
     (tmp_path / "study.toml").write_text(content)
     assert "question: must be a text" in refusal_of(read_plan, tmp_path / "study.toml")
+
+
+def test_a_file_without_a_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "...toml").write_text('question = "why"\n[[rows]]\nname = "a"\n')
+    assert "...toml: must have a name before .toml" in refusal_of(read_plan, tmp_path / "...toml")
 
 
 def test_a_file_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:

@@ -345,12 +345,14 @@ def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypat
     (run,) = runs.study.runs
     leave_run(other, run)
 
-    def vanished(*_: object, **__: object) -> None:
+    def vanished(_: Path, half: Path, **__: object) -> None:
+        half.mkdir()
         raise shutil.Error("a file was removed")
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", vanished)
         assert runs.take_over(run) is None
+    assert list(runs.folder.glob(".*.half")) == []
     assert runs.take_over(run) == other.directory(run)
 
 

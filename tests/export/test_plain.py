@@ -105,6 +105,12 @@ def test_a_weight_that_is_not_a_number_is_refused(bases: dict[str, Path]) -> Non
     assert "bert.encoder.layer.1.output.dense.weight has values that are not" in refusal_of(plain_model, classifier, 0)
 
 
+def test_a_full_disk_is_the_systems_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tokenizer(tmp_path, AutoTokenizer.from_pretrained(packaged_folder()), max_length=20)
+
+
 def test_the_tokenizer_cuts_where_the_run_did(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packaged_folder())  # its own file cuts and pads at 128
     tokenizer.truncation_side = "left"  # as a base model's file may say
