@@ -1,4 +1,5 @@
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.pairs import Answer, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.report import make_section, study_text
-from finetuning.comparison.statistics import Difference, holm, mcnemar
+from finetuning.comparison.statistics import Difference, holm, mcnemar, resamples_for
 from finetuning.runs.answers import Rule
 from finetuning.runs.history import write_predictions
 from tests.synthetic_runs import outcomes, write_run
@@ -179,3 +180,24 @@ def test_micro_f1_needs_multi_label_runs_and_rows_of_one_data_set_are_not_pooled
         write_run(tmp_path, "s", row, correct=outcomes(0.9, 100, 0))
     study = read_study("s", tmp_path)
     assert (compare_rows(study, "micro_f1"), pooled_sentences(study)) == (([], []), [])
+
+
+def test_many_pairs_have_enough_resamples(tmp_path: Path) -> None:
+    truth = np.random.default_rng(0).integers(0, 2, (400, 5)).astype(np.int8)
+    for row in range(7):
+        given = truth.copy()
+        given[: 50 * row, 0] ^= 1
+        write_labels(tmp_path, tmp_path, f"row{row}", truth, given)
+    comparisons, _ = compare_rows(read_study("s", tmp_path), "micro_f1")
+    assert min(c.difference.p for c in comparisons) == pytest.approx(2 / (resamples_for(21) + 1))
+
+
+def test_methods_over_data_sets_differ_by_the_spread_of_seeds(tmp_path: Path) -> None:
+    for number, name in enumerate(("news", "questions")):
+        for method, accuracies in (("bf16", (0.6, 0.8)), ("int8", (0.7, 0.9))):
+            for seed, accuracy in enumerate(accuracies):
+                correct = outcomes(accuracy, 1000, 5)
+                write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=correct, first_row=5000 * number)
+    (sentence,) = pooled_sentences(read_study("s", tmp_path))
+    low, high = map(float, re.findall(r"interval (\S+) to ([^)]+)\)", sentence)[0])
+    assert low < 0 < high, "seeds are 20 points apart, methods 10"

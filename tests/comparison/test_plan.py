@@ -386,3 +386,8 @@ def test_the_earlier_list_has_its_rows_and_seeds() -> None:
     )
     assert all((config.lora.lora_r, config.lora.lora_alpha) == (8, 16) for config in configs if config.lora is not None)
     assert {config.data.limit_test for config in configs} == {None}
+
+
+def test_each_run_has_its_seed(tmp_path: Path) -> None:
+    final = study_of(tmp_path, TUNED).stage("final")
+    assert [(setting(run, "seed"), run.name[-1]) for run in final] == [(seed, seed) for seed in ("0", "0", "1", "1")]

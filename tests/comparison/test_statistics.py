@@ -255,3 +255,8 @@ def test_texts_that_runs_treat_alike_are_found_as_numpy_finds_them() -> None:
         rows = generator.integers(0, largest, (500, columns))
         for found, expected in zip(_distinct(rows), np.unique(rows, axis=0, return_counts=True), strict=True):
             assert np.array_equal(found, expected)
+
+
+def test_the_band_is_that_of_massart() -> None:
+    band = tuning_curve(np.arange(1, 101).tolist(), 1)
+    assert (band.low[0], band.high[0]) == (37, 64), "0.5 -+ sqrt(log(2 / 0.05) / 200) = 0.5 -+ 0.1358"

@@ -432,3 +432,8 @@ def test_a_continued_run_knows_the_batches_of_its_first_epoch(count: int) -> Non
     later.load_state_dict({"epoch": 2, "position": 3, "batches": len(later)})
     assert [batch.examples.tolist() for batch in later.first_batches(count)] == whole[:count]
     assert later.state_dict()["position"] == 3
+
+
+def test_what_is_taken_keeps_rows_and_labels() -> None:
+    taken = make_split(np.array([5, 12, 6])).taken(np.array([2, 1]))
+    assert (taken.rows.tolist(), taken.labels.tolist()) == ([1002, 1001], [0, 1])

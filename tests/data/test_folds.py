@@ -11,7 +11,7 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from finetuning.data.folds import group_folds
-from finetuning.data.texts import LabelledTexts, TextData
+from finetuning.data.texts import LabelledTexts, Pool, TextData
 from tests.common import refusal_of, text_config, texts_of
 
 
@@ -250,3 +250,9 @@ def test_groups_that_cannot_be_cut_into_folds_are_refused(tmp_path: Path, group:
         marked = [row | {"text": f"{name} {row['text']}", "by": f"{name} {row['by']}"} for row in table]
         (tmp_path / f"{name}.json").write_text(json.dumps(marked))
     assert refusal_of(texts_of, text_config(tmp_path, kfold=4, group_column="by")).startswith(message)
+
+
+def test_the_hash_of_folds_tells_copies() -> None:
+    numbers = np.arange(2)
+    pools = [Pool(LabelledTexts(["a", other], numbers, numbers), numbers + 1) for other in ("b", " a ")]
+    assert pools[0].sha256 != pools[1].sha256, "a copy is held out with its text"

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetuning.data.labels import rarest_labels
 from finetuning.data.texts import TextData
 from tests.common import check_refusal, text_config, texts_of, write_texts
 
@@ -181,3 +182,7 @@ def test_texts_without_a_label_next_to_lists_are_not_to_be_removed(tmp_path: Pat
     rows = [*["joy;fear", "joy", "fear;anger", "anger"] * 8, ""]
     config = write_texts(tmp_path, "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(rows)))
     check_refusal(r"no label in row 32 .*: labels such as .* give --label_separator ';'$", texts_of, config)
+
+
+def test_a_label_without_a_text_is_nobodys_rarest() -> None:
+    assert rarest_labels(np.array([[0, 1], [0, 1]])).tolist() == [1, 1], "a label without a text is nobody's"

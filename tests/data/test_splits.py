@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from finetuning.config import RunConfig
-from finetuning.data.splits import stratified_parts, wordless
+from finetuning.data.splits import stratified_parts, without_leaks, wordless
+from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.errors import UserError
 from tests.common import check_refusal, frame, refusal_of, some, text_config, texts_of, write_texts
 
@@ -367,3 +368,19 @@ def test_a_column_of_numbers_is_doubted(tmp_path: Path) -> None:
 def test_half_of_the_texts_may_have_no_letter(numbers: int, doubted: bool) -> None:
     texts = [f" {i}\n. " if i < numbers else f"film\n{i}" for i in range(30)]
     assert bool(wordless(pd.DataFrame({"text": texts}))) == doubted
+
+
+def test_the_texts_of_a_pair_stay_apart() -> None:
+    tables = [pd.DataFrame(rows, columns=["text", "pair", "label"]) for rows in
+              ([("ab", "c", 0), ("d", "e", 1)], [("a", "bc", 0), ("f", "g", 1)])]  # fmt: skip
+    kept, dropped, _ = without_leaks({"train": tables[0], "test": tables[1]}, ["no", "yes"])
+    assert (len(kept["train"]), dropped) == (2, 0), "ab and c are not a and bc"
+
+
+def test_the_hash_of_texts_is_also_of_their_pairs() -> None:
+    labels = np.array([0, 1])
+    found = {
+        TextData("here", ["a", "b"], {"train": LabelledTexts(["x", "y"], labels, labels, pairs)}, 0).sha256
+        for pairs in (None, ["p", "q"], ["p", "r"])
+    }
+    assert len(found) == 3

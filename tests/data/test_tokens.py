@@ -295,3 +295,21 @@ def test_sequences_of_one_window_keep_the_hash_that_interrupted_runs_have() -> N
     expected = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     assert split.sha256 == expected
     assert replace(split, windows=np.array([2, 1])).sha256 != expected
+
+
+def test_the_cache_tells_overlaps_apart(tokenizer: Any) -> None:
+    data = DataSettings(max_length=20, windows=3, window_overlap=2)
+    first = cached_tokens(TEXTS, tokenizer, data, "windows")
+    other = cached_tokens(TEXTS, tokenizer, replace(data, window_overlap=6), "another overlap")
+    assert not np.array_equal(first.tokens, other.tokens)
+
+
+def test_types_may_begin_before_the_second_text(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP]:1 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 101), ("[SEP]", 102)],
+    )  # fmt: skip
+    _, offsets, begins, _ = encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=400))
+    expected = tokenizer(TEXTS, PAIRS, truncation=False, padding=False, return_token_type_ids=True)["token_type_ids"]
+    positions = zip(np.diff(offsets), some(begins), strict=True)
+    assert [(np.arange(n) >= s).astype(int).tolist() for n, s in positions] == expected

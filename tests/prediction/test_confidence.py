@@ -1,5 +1,7 @@
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -7,11 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetuning.data.files import FORMATS, read_frame
+from finetuning.prediction import confidence
 from finetuning.prediction.answers import AnswerColumns
-from finetuning.prediction.confidence import Confidence, Coverage, most_uncertain, reached, surer
+from finetuning.prediction.confidence import Confidence, Coverage, most_uncertain, reached, read_confidence, surer
 from finetuning.prediction.outputs import is_parquet, write_answers
 from finetuning.prediction.rows import Answered, Source, file_of, survey
 from finetuning.runs.answers import MOST_PROBABLE, Answers, Rule
+from tests.common import Patch, some
+from tests.runs.test_abstention import answers as answers_for
+from tests.runs.test_abstention import drawn
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -119,3 +125,34 @@ def test_chance_exceeds_the_test_of_two_shares_once_in_a_thousand() -> None:
     draws = np.random.default_rng(0).binomial([[200], [100]], 0.5, (2, 20_000)).T.tolist()
     warned = sum(surer((a, 200), (b, 100)) for a, b in draws)
     assert warned / len(draws) == pytest.approx(0.001, abs=0.0007)
+
+
+def test_at_the_least_confidence_there_is_a_label() -> None:
+    answers = AnswerColumns(["bad", "good"], confidence=Confidence(least=0.5))
+    assert answers.of(np.array([[0.5, 0.5]]))[:2] == [["bad"], [0.5]], "at it, not only above"
+
+
+def run_on_validation(monkeypatch: Patch, validation: Answers, epochs: int = 1) -> Any:
+    """What a finished run with these answers gives ``read_confidence``, which takes them as they are."""
+    config = SimpleNamespace(data=SimpleNamespace(group_column=None))
+    run = SimpleNamespace(result={"config": {"epochs": epochs}}, config=config)
+    monkeypatch.setattr(confidence, "read_finished", lambda _: run)
+    monkeypatch.setattr(confidence, "read_validation", lambda _: validation)
+    monkeypatch.setattr(confidence, "fit_temperature", lambda _: None)
+    return SimpleNamespace(exported=False, directory=Path("run"))
+
+
+def test_the_best_of_many_checkpoints_must_show_more(monkeypatch: Patch) -> None:
+    validation = answers_for(*drawn(np.random.default_rng(0), 1_000))
+    one, many = (
+        some(read_confidence(run_on_validation(monkeypatch, validation, n), MOST_PROBABLE, None, 0.05).reached)[0]
+        for n in (1, 20)
+    )
+    assert 0 < many < one, "the best of 20 checkpoints must show more"
+
+
+def test_validation_gets_labels_by_the_given_threshold(monkeypatch: Patch) -> None:
+    validation = answers_for(np.repeat([0.6, 0.9], 10), np.arange(20) % 2 == 0)
+    trained = run_on_validation(monkeypatch, validation)
+    assert read_confidence(trained, MOST_PROBABLE, 0.6, None).reached == (20, 20)
+    assert read_confidence(trained, Rule(0.3, 1), 0.6, None).reached == (10, 20), "0.4 is the second class there"

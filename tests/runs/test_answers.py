@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from finetuning.runs.answers import Answers, Rule, read_answers
+from finetuning.runs.answers import Answers, Rule, joined, read_answers
 from finetuning.runs.history import write_predictions
 
 
@@ -53,3 +53,16 @@ def test_probabilities_and_losses_are_torchs() -> None:
     assert several.probabilities == pytest.approx(given.sigmoid().numpy())
     assert several.losses == pytest.approx(expected.mean(1).numpy())
     assert (several.given == (given.sigmoid().numpy() > 0.3)).all()
+
+
+@pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, 1)])
+def test_a_temperature_changes_no_label(rule: Rule) -> None:
+    logits = np.log([[0.65, 0.35], [0.75, 0.25], [0.2, 0.8]])
+    answers = Answers(np.arange(3), np.zeros((3, 2), dtype=bool), logits, rule=rule)
+    for temperature in (0.4, 3.0):
+        assert (answers.cooled(temperature).given == answers.given).all()
+
+
+def test_joined_answers_keep_their_rule() -> None:
+    part = Answers(np.arange(2), np.eye(2, dtype=bool), np.zeros((2, 2)), rule=Rule(0.3))
+    assert joined([part, part]).rule == Rule(0.3)

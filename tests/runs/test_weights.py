@@ -2,6 +2,8 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
+from finetuning.runs import weights
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
 from tests import small_classifiers
-from tests.common import CORE, LAYERS, check_refusal, each_once, some
+from tests.common import CORE, LAYERS, Patch, check_refusal, each_once, some
 from tests.small_classifiers import batch, fill, in_peft, logits_of, save
 
 
@@ -198,3 +201,20 @@ def test_a_damaged_or_foreign_file_is_refused(bases: dict[str, Path], tmp_path: 
     for damaged in (whole[:-100], whole[:5], b"", b"\xff" * 64):
         path.write_bytes(damaged)
         refused("cannot be read")
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_fused_linears_keep_their_scaling(monkeypatch: Patch, scaling: str) -> None:
+    targets = {"X.Wqkv.query": (4, 2.0), "X.Wqkv.value": (4, 2.0)}
+    split = {"X.Wqkv": {"query": 8, "key": 8, "value": 8}}
+    settings = lora_settings(lora_r=4, lora_alpha=2.0, lora_scaling=scaling)
+    written = weights.adapter_config(settings, "base", targets, [], split)
+    rank, alpha = written["rank_pattern"]["X.Wqkv"], written["alpha_pattern"]["X.Wqkv"]
+    assert alpha / rank ** (0.5 if scaling == "rslora" else 1) == pytest.approx(1.0 if scaling == "rslora" else 0.5)
+    B = torch.block_diag(torch.ones(8, 4), torch.empty(8, 0), torch.ones(8, 4))
+    monkeypatch.setattr(weights, "_read_tensors", lambda _: {"base_model.model.X.Wqkv.lora_B.weight": B})
+    adapter: Any = SimpleNamespace(folder=Path(), rank=4, scaling=scaling, linears={"X.Wqkv": (rank, alpha)})
+    found = weights.separate_linears(adapter, {"Wqkv": ("query", "key", "value")})
+    assert list(found) == list(targets)
+    assert [rank for rank, _ in found.values()] == [4, 4]
+    assert [alpha for _, alpha in found.values()] == pytest.approx([2.0, 2.0])

@@ -25,16 +25,19 @@ from finetuning.export.command import main as export
 from finetuning.flags import from_flags
 from finetuning.materials import find_materials
 from finetuning.prediction.command import main as predict
+from finetuning.runs.answers import Answers, Rule
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
+from finetuning.runs.history import write_metrics
 from finetuning.runs.messages import TO_REPORT, TUNED, called, same_epoch_lines
 from finetuning.runs.records import accuracy_interval, data_hashes
 from finetuning.runs.scores import mean_interval
-from finetuning.steps import claim, read_inputs
+from finetuning.steps import claim, folds, read_inputs
 from finetuning.steps.baseline import compare_with_baseline, of_folds
-from finetuning.steps.folds import means, time_left
+from finetuning.steps.folds import _record, means, time_left
 from finetuning.training.callbacks import Meter
-from tests.common import Capture, Patch, config_of_flags, flags
+from finetuning.training.tasks import MultiLabel
+from tests.common import Capture, Patch, config_of_flags, flags, some
 
 pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
 Words = Callable[..., list[str]]
@@ -476,3 +479,33 @@ def test_the_final_run_saves_its_average(words: Words, tmp_path: Path, monkeypat
     (of_adapter,) = (key for key in saved if "layer.0.attention.q_lin" in key and "lora_B" in key)
     assert np.array_equal(saved[of_adapter], last["average"]["weights"][name].numpy())
     assert not torch.equal(last["average"]["weights"][name], last["state_dict"][name])
+
+
+def fold_of(folder: Path, number: int, epoch: int, right: int, texts: int) -> Any:
+    """A finished run on a fold, whose accuracy after each of 9 epochs is the same."""
+    directory = folder / str(number)
+    directory.mkdir()
+    rows = [{"step": i, "epoch": i, "validation_accuracy": right / texts} for i in range(1, 10)]
+    write_metrics(directory, rows)
+    validation = {"accuracy": right / texts, "epoch": epoch, "examples": texts}
+    return SimpleNamespace(directory=directory, result={"validation": validation, "seconds": 1.0})
+
+
+def test_folds_of_unequal_size_count_by_their_texts(tmp_path: Path) -> None:
+    record = _record([fold_of(tmp_path, 1, 3, 5, 10), fold_of(tmp_path, 2, 7, 30, 30)])
+    assert record["epochs"] == 7, "of two folds, the higher median"
+    assert some(record["same_epoch"])["accuracy"] == pytest.approx(35 / 40), "each text counts once"
+    assert some(record["same_epoch"])["mean"]["accuracy"] == pytest.approx((5 / 10 + 1) / 2)
+
+
+def test_the_threshold_is_tuned_on_the_predictions_of_all_folds(monkeypatch: Patch) -> None:
+    found = np.array([[0.30, 0.20], [0.255, 0.10], [0.10, 0.28], [0.20, 0.05]])
+    logits, truth = np.log(found / (1 - found)), found > 0.25
+    task = MultiLabel(["a", "b"], None, Rule(0.5), tuned=True)
+    pool = SimpleNamespace(rows=np.arange(4), labels=truth.astype(np.int8))
+    inputs: Any = SimpleNamespace(task=task, splits={"train": pool})
+    parts = [Answers(np.array(rows), truth[rows], logits[rows], rule=Rule(0.5)) for rows in ([0, 2], [1, 3])]
+    monkeypatch.setattr(folds, "read_own_answers", lambda run: {"validation": run})
+    monkeypatch.setattr(folds, "_record", lambda _: {})
+    assert folds._joined(inputs, parts).scores["micro_f1"] == 1  # type: ignore[arg-type]
+    assert task.rule == Rule(0.25), "tuned on the predictions of all folds"

@@ -57,3 +57,10 @@ def test_an_equal_average_begins_in_the_last_quarter() -> None:
     assert not averaging.state()["weights"]
     trained(averaging, parameter, 31, 31)
     assert torch.equal(averaging.state()["weights"]["w"], weights(31))
+
+
+def test_the_weights_before_training_do_not_count() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    averaging = Averaging("ema", {"w": parameter}, STEPS)
+    trained(averaging, parameter, 1, 1)
+    assert torch.equal(averaging.state()["weights"]["w"], weights(1)), "the weights before training do not count"

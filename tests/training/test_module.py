@@ -18,7 +18,7 @@ from finetuning.errors import Interrupted, TrainingFailed
 from finetuning.models.lora import lora_modules
 from finetuning.models.merged import drop_merged
 from finetuning.training.callbacks import GracefulStop, Meter
-from finetuning.training.module import FineTuning
+from finetuning.training.module import FineTuning, _gather
 from finetuning.training.tasks import SingleLabel
 from finetuning.training.trainer import quiet_lightning
 from local_model_utilities import build_classifier, find_base_model
@@ -139,3 +139,8 @@ def test_validation_after_each_step_uses_the_weights_of_that_step(
     assert compared.merged == [True, False] * 3
     first, second, third = compared.logits
     assert min((first - second).abs().max(), (second - third).abs().max()) > 2 * tolerance
+
+
+def test_predictions_are_in_the_order_of_rows() -> None:
+    rows, labels, logits = _gather([np.array([7, 3]), np.array([0, 1]), np.array([[0.7], [0.3]])])
+    assert (rows.tolist(), labels.tolist(), logits.tolist()) == ([3, 7], [1, 0], [[0.3], [0.7]])

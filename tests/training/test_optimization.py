@@ -220,3 +220,15 @@ def test_every_method_and_optimizer_has_a_default_rate() -> None:
             config = RunConfig.from_settings(method=method, optimizer=optimizer)
             assert config.training.learning_rate == DEFAULT_LEARNING_RATES[method, optimizer]
     assert RunConfig.from_settings(learning_rate=0.5).training.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd_nesterov"])
+def test_momentum_is_the_one_that_is_given(name: str) -> None:
+    config = RunConfig.from_settings(optimizer=name, momentum=0.5, learning_rate=0.01)
+    (group,) = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused=False).param_groups
+    assert group["momentum"] == 0.5
+
+
+def test_half_a_step_of_warmup_is_a_step() -> None:
+    found = rates(RunConfig.from_settings(scheduler="linear", learning_rate=0.3, warmup_fraction=0.05))
+    assert int(found.argmax()) == 3, "2.5 of 50 steps are rounded up, as in transformers"

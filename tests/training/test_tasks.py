@@ -294,3 +294,11 @@ def test_a_classifier_at_chance_brings_advice() -> None:
     assert not chance_advice(task, labels, always, 200, None, takes_kfold=lambda: True)
     several = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training())
     assert not chance_advice(several, TRUTH, -np.ones((4, 3)), 200, None, takes_kfold=lambda: True)
+
+
+def test_the_threshold_of_the_first_class_is_tuned_for_it() -> None:
+    spam, labels = np.array([0.1, 0.2, 0.3, 0.6, 0.4]), np.array([0, 0, 1, 1, 0])
+    logits = np.stack([np.log(1 - spam), np.log(spam)], axis=1).astype(np.float32)
+    ham = of_two("ham", threshold="tuned")
+    ham.tune(labels, logits)
+    assert ham.rule == Rule(0.5, 0), "F1 6 / 7; of 0.40 to 0.59, which are equal, the default"

@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,3 +188,13 @@ def test_a_search_goes_on_from_another_directory(tmp_path: Path, monkeypatch: Pa
     assert second.given == {"model_name": "distilbert-base-uncased"}
     assert first.study.startswith("first-")
     assert first.study[6:] != second.study[7:], "one database can hold searches in folders of one name"
+
+
+def test_time_before_several_pauses_adds_up(tmp_path: Path, monkeypatch: Patch) -> None:
+    started(tmp_path, minutes=10)
+    now = time.time()
+    os.utime(tmp_path / BUDGET, (now + 60, now + 60))  # the last sign of life
+    for later in (300, 600):
+        monkeypatch.setattr(module.time, "time", lambda later=later: now + later)
+        resume(tmp_path, None, None, None)
+    assert Budget.read(tmp_path).left == pytest.approx(540, abs=5), "the first minute was used"
