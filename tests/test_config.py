@@ -482,3 +482,16 @@ def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None
     assert cache_dir() == Path.home() / ".cache" / "finetune_lora"
     monkeypatch.setenv("FINETUNE_LORA_CACHE", "~/elsewhere")  # as a file of variables has it, which no shell reads
     assert cache_dir() == Path.home() / "elsewhere"
+
+
+def test_a_run_of_several_processes_cannot_have_folds() -> None:
+    assert RunConfig.from_settings().takes_kfold
+    for more in ({"devices": 2}, {"num_nodes": 2}, {"epochs": 0}, {"kfold": 3}, {"limit_validation": 9}):
+        assert not RunConfig.from_settings(**more).takes_kfold
+
+
+def test_the_last_fold_is_one_and_folds_need_epochs() -> None:
+    assert RunConfig.from_settings(kfold=3, fold=3).data.fold == 3
+    assert "--fold 4: must be from 1 to 3" in refusal_of(RunConfig.from_settings, kfold=3, fold=4)
+    assert "--epochs 0: cannot be used with --kfold" in refusal_of(RunConfig.from_settings, kfold=3, epochs=0)
+    assert RunConfig.from_settings(kfold=3, fold=1, epochs=0).training.epochs == 0

@@ -113,3 +113,11 @@ def test_settings_that_were_stored_before_there_was_a_baseline_are_continued() -
 
 def test_what_may_change_exists() -> None:
     assert set(MAY_CHANGE) <= set(FLAGS)
+
+
+def test_a_run_with_folds_gets_no_more_epochs(tmp_path: Path) -> None:
+    level = {"epochs": 2, "scheduler": "constant", "warmup_fraction": 0.0}
+    given = {"output_dir": tmp_path, "epochs": 3}
+    assert resumed_config(RunConfig.from_settings(**level).to_dict(), given).training.epochs == 3
+    stored = RunConfig.from_settings(**level, kfold=3).to_dict()
+    assert "--epochs 3: the run in" in refusal_of(resumed_config, stored, given)

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.models.base_model import read_base_model
-from finetuning.models.discovery import SEES_PADDING, family_of
+from finetuning.models.base_model import check_fits, read_base_model
+from finetuning.models.discovery import SEES_PADDING, family_of, in_layers, named_linears
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
 from local_model_utilities import adopt_adapter, find_base_model
@@ -272,3 +272,20 @@ def test_names_that_match_no_linear_are_refused(tmp_path: Path) -> None:
 
 def test_a_row_of_the_table_is_taken_as_it_is() -> None:
     assert family_of(AutoConfig.for_model("mistral"), "name") is FAMILIES["mistral"]
+
+
+def test_layer_1_is_not_layer_10_and_a_name_is_whole() -> None:
+    family = FAMILIES["bert"]
+    paths = [f"{family.layers}.{i}.output.dense" for i in range(12)]
+    assert in_layers([*paths, "bert.pooler.dense"], family, [1]) == [paths[1], "bert.pooler.dense"]
+    model = tiny_model("bert")
+    assert named_linears(model, family, ["query"]) != []
+    assert named_linears(model, family, ["uery"]) == [], "a name's last letters are no name"
+
+
+def test_a_rank_may_be_as_large_as_the_model_is_wide(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    base = read_base_model(str(tmp_path), tmp_path)
+    check_fits(base, RunConfig.from_settings(max_length=32, lora_r=WIDTH))
+    line = refusal_of(check_fits, base, RunConfig.from_settings(max_length=32, lora_r=WIDTH + 1))
+    assert f"--lora_r {WIDTH + 1}: the layers of" in line

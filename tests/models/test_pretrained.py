@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -18,11 +19,12 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_base_model
-from finetuning.models.pretrained import load_pretrained
+from finetuning.models.families import FAMILIES
+from finetuning.models.pretrained import check_head, class_order, load_pretrained
 from finetuning.settings import MINILM_FORMS, PACKAGED_DISTILBERT
 from local_model_utilities import find_base_model
 from tests.common import CORE, LAYERS, Capture, Patch, check_refusal, packaged_folder, refusal_of
-from tests.tiny_models import save_tokenizer, tiny_model
+from tests.tiny_models import WIDTH, save_tokenizer, tiny_model
 
 NAMES = ["bad", "good"]
 
@@ -310,3 +312,28 @@ def test_a_quantized_base_model_is_refused(bert: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its weights are already quantized: give the model in full precision"):
         read_base_model(str(folder), folder)
+
+
+def test_three_classes_in_another_order_keep_their_rows() -> None:
+    stored, wanted_names = ["a", "b", "c"], ["c", "a", "b"]
+    order = class_order(stored, wanted_names)
+    assert order is not None
+    assert [stored[i] for i in order] == wanted_names
+
+
+def test_a_head_of_another_shape_is_not_the_classifier_s(tmp_path: Path) -> None:
+    model, family = tiny_model("bert"), FAMILIES["bert"]
+    weights = {name: parameter.detach().clone() for name, parameter in family.head_parameters(model)}
+    save_file(weights, tmp_path / "model.safetensors")
+    check_head(model, family, tmp_path)
+    save_file(weights | {"classifier.weight": torch.zeros(5, WIDTH)}, tmp_path / "model.safetensors")
+    assert "no trained classifier" in refusal_of(check_head, model, family, tmp_path)
+
+
+def test_the_dropout_flag_reaches_the_other_dropouts_of_a_family(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, decoder=True)
+    model: Any = load(tmp_path, dropout=0.25)
+    others = FAMILIES["gpt2"].more_dropouts
+    assert others
+    assert {getattr(model.config, name) for name in others} == {0.25}

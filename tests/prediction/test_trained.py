@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from finetuning.prediction.trained import read_trained
+from finetuning.config import RunConfig
+from finetuning.prediction.trained import Trained, read_trained
 from finetuning.runs.answers import MOST_PROBABLE, Rule
-from tests.common import check_refusal
+from tests.common import check_refusal, refusal_of
 
 CONFIG = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}, "max_position_embeddings": 64}
 
@@ -113,3 +114,9 @@ def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     (folder(tmp_path, CONFIG) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     check_refusal(r"has no \.safetensors: .* pickles are never loaded", read_trained, tmp_path)
+
+
+def test_an_exported_folder_of_single_texts_refuses_pairs(tmp_path: Path) -> None:
+    trained = Trained(tmp_path, RunConfig.from_settings(), ["a", "b"], MOST_PROBABLE, exported=True, pairs=False)
+    trained.check_pairs(False)
+    assert "was trained on single texts" in refusal_of(trained.check_pairs, True)

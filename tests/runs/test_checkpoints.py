@@ -8,9 +8,17 @@ from typing import BinaryIO
 
 import torch
 
-from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint, is_intact, usable_checkpoint, write_checkpoint
+from finetuning.runs.checkpoints import (
+    discard_damaged,
+    forget_unneeded,
+    has_checkpoint,
+    is_intact,
+    usable_checkpoint,
+    write_checkpoint,
+)
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 from finetuning.storage import write_atomically
+from tests.common import Capture
 
 
 def archive(value: float) -> Callable[[BinaryIO], None]:
@@ -101,3 +109,13 @@ def test_one_without_a_checksum_is_damaged(tmp_path: Path) -> None:
     with (tmp_path / LAST_CHECKPOINT).open("wb") as file:
         archive(3)(file)
     assert usable_checkpoint(tmp_path) is None
+
+
+def test_a_damaged_previous_checkpoint_is_discarded_as_well(tmp_path: Path, capsys: Capture) -> None:
+    for _ in range(2):
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive(1.0))
+    (tmp_path / PREVIOUS_CHECKPOINT).write_bytes(b"half")
+    discard_damaged(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST_CHECKPOINT]
+    assert is_intact(tmp_path / LAST_CHECKPOINT)
+    assert f"{tmp_path / PREVIOUS_CHECKPOINT} is damaged" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from finetuning.runs.files import (
     ADAPTER,
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
+    PREDICTIONS,
     PREVIOUS_CHECKPOINT,
     RESULT,
     RUN_FILES,
@@ -482,3 +483,31 @@ def test_default_directory_says_what_runs(monkeypatch: Patch) -> None:
     assert default_directory("imdb", "full") == Path("runs/imdb-full-77.3")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell of srun --pty
     assert default_directory("imdb", "full").match("runs/imdb-full-20*-*")
+
+
+def test_a_run_on_several_nodes_is_continued_on_as_many(tmp_path: Path) -> None:
+    flags = {"devices": 2, "num_nodes": 2}
+    with claimed(tmp_path, wanted(tmp_path, **flags))[0]:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
+    lock, checkpoint = claimed(tmp_path, wanted(tmp_path, resume=True, **flags))
+    lock.release()
+    assert checkpoint == tmp_path / LAST_CHECKPOINT
+    others = wanted(tmp_path, resume=True, devices=2)
+    assert "the run in" in (line := refusal_of(claimed, tmp_path, others))
+    assert "has 4 processes" in line
+
+
+def test_resume_auto_does_not_call_a_run_finished_whose_files_were_changed(tmp_path: Path) -> None:
+    with claimed(tmp_path, wanted(tmp_path))[0]:
+        (tmp_path / PREDICTIONS).write_bytes(b"predictions")
+        write_result(tmp_path, {"status": "finished"})
+    given = {"output_dir": tmp_path, "resume": "auto"}
+    assert settings_to_run(given, {}) is None
+    (tmp_path / PREDICTIONS).write_bytes(b"others")
+    assert f"{PREDICTIONS} was changed after its run wrote it" in refusal_of(settings_to_run, given, {})
+
+
+def test_a_run_next_to_another_inside_it_is_replaced(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "other"):
+        claimed(directory, wanted(directory))[0].release()
+    check_directory(tmp_path, resume=False, overwrite=True)

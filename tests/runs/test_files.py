@@ -6,11 +6,14 @@ import pytest
 
 from finetuning.runs.files import (
     ADAPTER,
+    METRICS,
     PREDICTIONS,
     RESULT,
+    SUMMED,
     check_unchanged,
     read_result,
     read_status,
+    record_is_unchanged,
     with_sums,
     write_result,
 )
@@ -83,3 +86,13 @@ def test_a_result_knows_its_files_and_itself(tmp_path: Path) -> None:
     (tmp_path / ADAPTER).write_bytes(b"others")
     write_json(tmp_path / RESULT, with_sums({"status": "finished"}, {}))
     assert f"{ADAPTER} was changed after its run wrote it" in refusal_of(check_unchanged, tmp_path / ADAPTER)
+
+
+@pytest.mark.parametrize("name", [PREDICTIONS, METRICS])
+def test_a_record_is_changed_if_one_of_its_files_is(tmp_path: Path, name: str) -> None:
+    for each in SUMMED:
+        (tmp_path / each).write_bytes(b"whole")
+    write_result(tmp_path, {"status": "finished"})
+    assert record_is_unchanged(tmp_path)
+    (tmp_path / name).write_bytes(b"changed")
+    assert not record_is_unchanged(tmp_path)

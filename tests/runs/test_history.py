@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from finetuning.runs.files import CURVE, METRICS, PREDICTIONS
-from finetuning.runs.history import plot_learning_curve, write_metrics, write_predictions
+from finetuning.runs.history import plot_learning_curve, scores_by_epoch, write_metrics, write_predictions
 
 
 def test_predictions_are_a_table_of_splits_rows_labels_and_logits(tmp_path: Path) -> None:
@@ -70,3 +70,10 @@ def test_the_learning_curve_is_a_picture(tmp_path: Path, monitor: str, validated
     orange = np.abs(pixels - np.array([0xD9, 0x48, 0x01]) / 255).sum(-1) < 0.02
     below = orange[int(0.65 * height) : int(0.9 * height)]
     assert below.any() == validated
+
+
+def test_scores_are_those_after_each_epoch(tmp_path: Path) -> None:
+    rows = [{"step": 5, "epoch": 0.5, "train_loss": 1.0}]
+    rows += [{"step": 10 * epoch, "epoch": epoch, "validation_accuracy": epoch / 10} for epoch in (1, 2)]
+    write_metrics(tmp_path, rows)
+    assert scores_by_epoch(tmp_path) == {1: {"accuracy": 0.1}, 2: {"accuracy": 0.2}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetuning.config import RunConfig
-from finetuning.runs.files import LAST_CHECKPOINT, read_result
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, read_result
 from finetuning.runs.messages import called
 from finetuning.runs.recording import NO_PRIMITIVE, recorded
 from tests.common import Capture, Patch
@@ -46,3 +46,23 @@ def test_a_directory_that_begins_with_a_dash_is_no_flag_of_the_next_command(
         raise KeyboardInterrupt
     assert "--resume --output_dir=-run\n" in capsys.readouterr().err
     assert called("predict", directory).endswith(" ./-run")
+
+
+def test_an_interrupted_run_keeps_the_best_checkpoint_so_far(tmp_path: Path) -> None:
+    (tmp_path / BEST_CHECKPOINT).touch()
+    (tmp_path / PREVIOUS_CHECKPOINT).touch()
+    with recorded(tmp_path, RunConfig.from_settings().to_dict()):
+        raise KeyboardInterrupt
+    assert (tmp_path / BEST_CHECKPOINT).exists()
+    assert (tmp_path / PREVIOUS_CHECKPOINT).exists()
+
+
+def test_a_run_whose_result_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("finetuning.runs.recording.write_result", full)
+    with recorded(tmp_path, RunConfig.from_settings().to_dict()) as record:
+        raise KeyboardInterrupt
+    assert record.written["status"] == "failed"
+    assert capsys.readouterr().err.endswith("failed: result.json cannot be written: No space left on device\n")

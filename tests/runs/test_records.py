@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +91,21 @@ def test_a_command_is_called_as_it_is_installed_or_as_a_file(tmp_path: Path, mon
     assert called("lora", "--resume").endswith("/python finetune_lora.py --resume"), "not python, which is another one"
     (tmp_path / "finetune-compare").touch(mode=0o755)
     assert called("compare", "tune", "--resume") == "finetune-compare tune --resume"
+
+
+def test_what_was_trained_counts_in_epochs() -> None:
+    class Batches(list[int]):
+        tokens_per_epoch = 3000
+
+    trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=19), global_step=5)
+    meter = SimpleNamespace(train_seconds=4.0, processor_seconds=8.0)
+    record = records.train_record(trainer, meter, Batches(range(10)), 100)
+    assert (record["batches"], record["steps"], record["epochs"]) == (20, 5, 2.0)
+    assert (record["examples_per_second"], record["tokens_per_second"]) == (50.0, 1500.0)
+
+
+def test_a_run_that_continues_has_the_same_classes_in_the_same_order() -> None:
+    first, second = (
+        records.data_hashes(SimpleNamespace(label_names=names, pool=None), {}) for names in (["a", "b"], ["b", "a"])
+    )
+    assert first != second

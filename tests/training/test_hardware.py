@@ -303,3 +303,9 @@ def test_a_run_without_the_kernels_says_why(settings: dict[str, Any], efficient:
     classifier: Any = SimpleNamespace(efficient=efficient, family=SimpleNamespace(model_type="bloom"))
     hardware = settings_of(precision="fp32", accelerator="cpu", **settings).hardware
     assert kernels_used(classifier, hardware, resolve_hardware(hardware)) == f"not asked for: {reason}"
+
+
+def test_the_cards_are_numbered_from_0(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(module, "seen_gpus", lambda: 2)
+    line = refusal_of(module.resolve_hardware, RunConfig.from_settings(device=2).hardware)
+    assert line == "--device 2: this machine has 2 GPU(s), numbered from 0"

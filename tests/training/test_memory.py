@@ -1,5 +1,6 @@
 import gc
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from finetuning.training import memory
 from finetuning.training.estimate import kept_for_backward
 from finetuning.training.memory import advice, check_memory, largest_batch
 from local_model_utilities import build_classifier, find_base_model
-from tests.common import config_of_flags
+from tests.common import Patch, config_of_flags
 from tests.data.test_batches import make_split, review_lengths
 from tests.tiny_models import save_tokenizer, tiny_model
 
@@ -122,3 +123,15 @@ def test_the_advice_fits() -> None:
     assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, True)
     assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, False)
     assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, 1, True)
+
+
+def test_what_the_optimizer_and_an_average_keep_counts(bert: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(memory, "largest_batch", lambda *_: (0, 0, 0))
+    kept = {"adamw": 3, "sgd --momentum 0": 1, "sgd --momentum 0.9": 2, "sgd_nesterov": 2, "adamw --average ema": 4}
+    for flags, copies in kept.items():
+        classifier, loader, training = built(bert, 40, f"{TRAINING_FLAGS} --optimizer {flags}")
+        needed = copies * sum(p.nbytes for p in classifier.parameters() if p.requires_grad)
+        for missing in (0, 1):
+            monkeypatch.setattr(memory, "free_memory", lambda free=needed - missing: free)
+            with pytest.raises(TrainingFailed) if missing else nullcontext():
+                check_memory(classifier, loader, training, torch.device("cpu"), {}, 64, 1, 1)

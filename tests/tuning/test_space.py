@@ -308,3 +308,9 @@ def test_a_space_is_stored_and_shown() -> None:
     assert set(space_table().column("parameter")) == {row.name for row in DECLARED}
     assert all(space_table().column("values"))
     assert set(PLACEMENTS) == {"query_value", "attention", "all"}
+
+
+def test_a_multiple_of_a_whole_number_is_at_least_one(tmp_path: Path) -> None:
+    """0 epochs would only evaluate."""
+    space = space_of(search=written(tmp_path, "epochs = { values = [0.001, 1], times_default = true }"))
+    assert space.settings(space.drawn(lambda row: row.ends[0]))["epochs"] == 1
