@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-# What torch, the system's loader, Python's threads, the tokenizers' threads and CUDA say if they find no memory.
 NO_WAY_THERE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # of a look at a path: a Path's exists() raises them
+# What torch, the system's loader, Python's threads, the tokenizers' threads and CUDA say if they find no memory.
 NO_MEMORY = (
     "can't allocate memory", "failed to map segment", "can't start new thread", "ThreadPoolBuildError",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",

@@ -156,8 +156,13 @@ class Starter:
             lock: a descriptor that it keeps open.
             may_fork: whether the run is one process.
             idle: whether no other run goes on, so that busy cores are those of others.
+
+        Raises:
+            UserError: the log cannot be written.
         """
-        with log.open("ab") as output, Path(os.devnull).open("rb") as nothing:
+        with as_user_error(f"{log} cannot be written", OSError):
+            output = log.open("ab")
+        with output, Path(os.devnull).open("rb") as nothing:
             if self._fork and may_fork:
                 try:
                     return self._server(idle).start(words, (nothing.fileno(), output.fileno(), output.fileno()), [lock])
@@ -296,7 +301,7 @@ class StudyExecution:
         chosen = f" with what tuning chose, {shown_settings(tuned)}" if tuned else ""
         words = [*self.runs.command_words(run, self.starter.script), *flags]
         alone = run.settings.get("devices", 1) == run.settings.get("num_nodes", 1) == 1
-        with as_user_error(f"--runs_dir: {log} cannot be written", OSError):
+        with as_user_error("--runs_dir", UserError):
             process = self.starter.start(words, log, lock, may_fork=alone, idle=not self.current)
         print(f"{self.position_of(run)}  {verb}{chosen}, see {log}", flush=True)
         return process

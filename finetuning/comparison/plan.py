@@ -176,7 +176,7 @@ def read_plan(path: Path) -> StudyPlan:
     with as_user_error(f"{path} cannot be read", OSError, ValueError):  # ValueError: no TOML, or not UTF-8
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     with as_user_error(str(path), UserError):
-        if path.stem.strip(".") == "":  # runs lie in a folder of this name
+        if not path.stem.strip("."):  # runs lie in a folder of this name
             raise UserError("must have a name before .toml")
         return _plan(path.stem, content)
 

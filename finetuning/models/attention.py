@@ -85,8 +85,9 @@ class Attention:
         self.padding, self.places = None if family.last_token else padding, places
         self.heads = int(family.setting(model, "head_count"))
         self.key_heads = int(family.setting(model, "key_head_count", self.heads))
-        named = "key_head_count" in family.settings  # the classes of other families ignore the entry
-        self.width = int((named and getattr(config, "head_dim", None)) or config.hidden_size // self.heads)  # of a head
+        # the classes of other families ignore the entry
+        own_width = getattr(config, "head_dim", None) if "key_head_count" in family.settings else None
+        self.width = int(own_width or config.hidden_size // self.heads)  # of a head
         self.dropout = float(family.setting(model, "attention_dropout", 0.0)) if model.training else 0.0
         self.own_distances = self.distance_bias()
         self.trains_distances = self.own_distances is not None and self.own_distances.requires_grad

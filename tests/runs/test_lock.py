@@ -12,7 +12,6 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock, claimed, is_held
-from finetuning.runs.lock import claimed as claim_of
 from tests.common import ROOT, Capture, Patch, check_refusal, full_disk, refusal_of, some
 
 HOLD = """
@@ -128,5 +127,5 @@ def test_a_lease_is_for_other_hosts_whose_locks_may_not_be_seen(tmp_path: Path) 
     for host, held in (("elsewhere", True), (platform.node(), False)):
         path.write_text(json.dumps({"host": host, "process": 1, "since": "today"}))
         assert is_held(path, lease=60) == held
-        with claim_of(path, lease=60) as descriptor:
+        with claimed(path, lease=60) as descriptor:
             assert (descriptor is None) == held, "a killed process of this host is known to be gone"

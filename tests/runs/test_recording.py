@@ -9,7 +9,7 @@ from finetuning.config import RunConfig
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, read_result
 from finetuning.runs.messages import called
 from finetuning.runs.recording import NO_PRIMITIVE, recorded
-from tests.common import Capture, Patch
+from tests.common import Capture, Patch, full_disk
 
 ADVICE = "lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept"
 
@@ -58,10 +58,7 @@ def test_an_interrupted_run_keeps_the_best_checkpoint_so_far(tmp_path: Path) -> 
 
 
 def test_a_run_whose_result_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("finetuning.runs.recording.write_result", full)
+    monkeypatch.setattr("finetuning.runs.recording.write_result", full_disk)
     with recorded(tmp_path, RunConfig.from_settings().to_dict()) as record:
         raise KeyboardInterrupt
     assert record.written["status"] == "failed"
