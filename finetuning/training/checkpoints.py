@@ -52,8 +52,8 @@ class CheckpointFiles(TorchCheckpointIO):
 def save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     """``torch.save`` without its own checksums, and with the file's own error if it cannot be written.
 
-    A checksum for each tensor takes longer than all else here, and the file's one says the same. Without room, torch's
-    writer ends with another error.
+    A checksum for each tensor takes time, and that of the whole file says the same. Without room, torch's writer ends
+    with another error.
     """
     own_checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
