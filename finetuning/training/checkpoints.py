@@ -50,19 +50,11 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
-    """``torch.save`` without its own checksums, and with the file's own error if it cannot be written.
-
-    A checksum for each tensor takes time, and that of the whole file says the same. Without room, torch's writer ends
-    with another error.
-    """
-    own_checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
+    """``torch.save``, with the file's own error if it cannot be written: torch's writer then ends with another one."""
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    finally:
-        torch.serialization.set_crc32_options(own_checksums)
 
 
 @contextmanager
