@@ -84,7 +84,8 @@ def test_a_row_of_zeros_stays_without_a_nan() -> None:
 
 def test_its_output_can_be_changed_in_place() -> None:
     """As Longformer does with queries."""
-    module, gradients_of = LinearWithLoRA(nn.Linear(16, 7), DoRALayer(16, 7, 3, 5.0)), []
+    linear = nn.Linear(16, 7).requires_grad_(False)
+    module, gradients_of = LinearWithLoRA(linear, DoRALayer(16, 7, 3, 5.0)), []
     nn.init.normal_(module.lora.lora_B)
     x = torch.randn(4, 16)
     for change in (lambda y: y.div_(2), lambda y: y / 2):
@@ -134,6 +135,7 @@ def test_small_changes_are_not_lost_in_bf16_where_the_input_has_dropout() -> Non
 @needs_int8
 def test_in_8_bits_it_is_the_formula_on_the_dequantized_weight() -> None:
     module = dora_linear(n_in=64, n_out=32)
+    nn.init.ones_(module.linear.bias)  # large enough to be missed
     packed = LinearWithLoRA(Int8Linear(module.linear), module.lora)
     module.lora.lora_magnitude_vector.data *= 1.5  # the new wrapper has set it again
     x = torch.randn(70, 64, requires_grad=True)
