@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from finetune_lora import main
 from finetuning.config import RunConfig
 from finetuning.runs.files import read_result
-from finetuning.training.estimate import estimate_table, measure_steps, run_seconds
+from finetuning.training import estimate
+from finetuning.training.estimate import (
+    _seconds_per_token,
+    estimate_table,
+    kept_for_backward,
+    measure_steps,
+    run_seconds,
+)
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SingleLabel
 from local_dataset_utilities import tokenize
@@ -85,6 +93,35 @@ def test_an_average_of_the_weights_is_part_of_it(distilbert: Path, review_folder
     record, config, weights = measured(distilbert, review_folder, method="full", average="ema")
     assert record["memory"]["average"] == weights
     assert "average of the weights" in estimate_table(record, weights, config.training.epochs)
+
+
+def test_its_peak_has_what_the_steps_lack_and_activations_are_of_the_longest_texts(
+    distilbert: Path, review_folder: Path, monkeypatch: Patch
+) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(estimate, "kept_for_backward", lambda _, batch: lengths.append(batch["input_ids"].shape[1]))
+    monkeypatch.setattr(estimate, "peak_memory", lambda _: {"peak_bytes": 1000})
+    settings: dict[str, Any] = {"method": "selective", "trainable_layers": 1, "average": "ema"}
+    memory = measured(distilbert, review_folder, **settings)[0]["memory"]
+    assert min(memory["kept_outputs"], memory["average"]) > 0
+    assert memory["peak"] == 1000 + memory["kept_outputs"] + memory["average"]
+    assert lengths == [32]  # --max_length, which few reviews reach
+
+
+def test_what_is_kept_for_backward_counts_once_and_without_weights() -> None:
+    linear, x = torch.nn.Linear(8, 4), torch.randn(6, 8, requires_grad=True)
+    classifier: Any = SimpleNamespace(parameters=linear.parameters, logits=lambda x: (linear(x) + linear(x[1:2])).exp())
+    assert kept_for_backward(classifier, x) == 4 * (6 * 8 + 6 * 4)
+
+
+@pytest.mark.parametrize(("seconds", "mean"), [([10, 1, 2, 3, 100], 5), ([10, 1, 2, 3], 4)])
+def test_the_slowest_and_the_fastest_of_five_batches_do_not_count(
+    seconds: list[int], mean: int, monkeypatch: Patch
+) -> None:
+    times = iter(time for length in seconds for time in (0, length))
+    monkeypatch.setattr(estimate, "clock", lambda _: next(times))
+    batches = [{"attention_mask": torch.tensor([[1, 1, 0]])}] * len(seconds)
+    assert _seconds_per_token(batches, torch.device("cpu"), lambda _: None) == mean / 2
 
 
 def test_checkpointing_keeps_fewer_activations(bert: Path, review_folder: Path) -> None:

@@ -73,9 +73,16 @@ def test_copies_of_trained_weights_are_counted_once(tmp_path: Path) -> None:
 def test_kept_outputs_are_the_first_to_go(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, loader, training = built(bert, 40, TRAINING_FLAGS)
     outputs: Any = {"train": SimpleNamespace(bytes=3 * GIB, on_disk=False)}
-    monkeypatch.setattr(memory, "free_memory", lambda: 2 * GIB)
-    with pytest.raises(TrainingFailed, match=r"only 2\.0 GiB are free: --frozen_cache_gb 1\.9 would fit; --force"):
-        check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
+    enough_without, too_little = (
+        r"only 2\.0 GiB are free: --frozen_cache_gb 1\.9 would fit; --force",
+        "free: train fewer",
+    )
+    for free, said in ((2**10, too_little), (2 * GIB, enough_without)):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        with pytest.raises(TrainingFailed, match=said):
+            check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
+    outputs["train"].on_disk = True
+    check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
 
 
 def test_a_continued_run_is_told_what_it_may_change(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +129,8 @@ def test_the_advice_fits() -> None:
     config_of_flags(f"--offline --windows 4 {windows.removesuffix(' would fit')}")
     assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, True)
     assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, False)
-    assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, 1, True)
+    for batch in (0, GIB):
+        assert "--method lora" in advice(4 * GIB, batch, GIB, 6144, 512, 1, True)
 
 
 def test_what_the_optimizer_and_an_average_keep_counts(bert: Path, monkeypatch: Patch) -> None:
