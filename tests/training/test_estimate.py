@@ -110,8 +110,12 @@ def test_its_peak_has_what_the_steps_lack_and_activations_are_of_the_longest_tex
 
 def test_what_is_kept_for_backward_counts_once_and_without_weights() -> None:
     linear, x = torch.nn.Linear(8, 4), torch.randn(6, 8, requires_grad=True)
-    classifier: Any = SimpleNamespace(parameters=linear.parameters, logits=lambda x: (linear(x) + linear(x[1:2])).exp())
-    assert kept_for_backward(classifier, x) == 4 * (6 * 8 + 6 * 4)
+
+    def logits(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (linear(batch["x"]) + linear(batch["x"][1:2])).exp()
+
+    classifier: Any = SimpleNamespace(parameters=linear.parameters, logits=logits)
+    assert kept_for_backward(classifier, {"x": x}) == 4 * (6 * 8 + 6 * 4)
 
 
 @pytest.mark.parametrize(("seconds", "mean"), [([10, 1, 2, 3, 100], 5), ([10, 1, 2, 3], 4)])

@@ -73,11 +73,10 @@ def test_copies_of_trained_weights_are_counted_once(tmp_path: Path) -> None:
 def test_kept_outputs_are_the_first_to_go(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, loader, training = built(bert, 40, TRAINING_FLAGS)
     outputs: Any = {"train": SimpleNamespace(bytes=3 * GIB, on_disk=False)}
-    enough_without, too_little = (
-        r"only 2\.0 GiB are free: --frozen_cache_gb 1\.9 would fit; --force",
-        "free: train fewer",
-    )
-    for free, said in ((2**10, too_little), (2 * GIB, enough_without)):
+    for free, said in (
+        (2**10, "free: train fewer"),
+        (2 * GIB, r"only 2\.0 GiB are free: --frozen_cache_gb 1\.9 would fit; --force"),
+    ):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         with pytest.raises(TrainingFailed, match=said):
             check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
