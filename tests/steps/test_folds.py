@@ -20,7 +20,6 @@ from safetensors.numpy import load_file
 
 from benchmarks.tiny import write_reviews, write_splits
 from finetune_lora import main
-from finetuning.config import RunConfig
 from finetuning.export.command import main as export
 from finetuning.flags import from_flags
 from finetuning.materials import find_materials
@@ -33,7 +32,6 @@ from finetuning.runs.messages import TO_REPORT, TUNED, called, same_epoch_lines
 from finetuning.runs.records import accuracy_interval, data_hashes
 from finetuning.runs.scores import mean_interval
 from finetuning.steps import claim, folds, read_inputs
-from finetuning.steps.baseline import compare_with_baseline, of_folds
 from finetuning.steps.folds import _record, means, time_left
 from finetuning.training.callbacks import Meter
 from finetuning.training.tasks import MultiLabel
@@ -447,25 +445,6 @@ def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
     assert not same_epoch_lines(record | {"same_epoch": None}, "loss")
     (line,) = same_epoch_lines(record, "accuracy", tuned=True)
     assert line.endswith(TUNED), "a threshold that was tuned on the scored texts is not to be reported"
-
-
-def test_the_baseline_of_folds_is_compared_with_the_means_that_the_run_prints() -> None:
-    baseline = {"name": "b", "texts": 9, "seconds": 1.0, "validation": {"accuracy": 0.5, "loss": 1.0, "examples": 10}}
-    folds: Any = {"folds": [{"baseline": baseline}] * 2, "mean": {"accuracy": 0.8}}
-    folds["same_epoch"] = {"mean": {"accuracy": 0.7}}
-    record, own = of_folds(folds)
-    assert (record["validation"]["examples"], record["seconds"], own) == (20, 2.0, {"accuracy": 0.7})
-    assert of_folds(folds | {"same_epoch": None})[1] == {"accuracy": 0.8}, "of each fold's best epoch"
-
-
-def test_a_fold_without_a_baseline_is_named(capsys: Capture) -> None:
-    training: Any = SimpleNamespace(
-        claim=SimpleNamespace(config=RunConfig.from_settings()), watch=SimpleNamespace(keep_memory=lambda: None),
-        inputs=SimpleNamespace(task=None), folds=SimpleNamespace(record={"folds": [{"baseline": None}]}),
-    )  # fmt: skip
-    trained: Any = None
-    assert compare_with_baseline(training, trained) is None
-    assert capsys.readouterr().out == "no baseline: a fold has none\n"
 
 
 def test_the_final_run_saves_its_average(words: Words, tmp_path: Path, monkeypatch: Patch) -> None:
