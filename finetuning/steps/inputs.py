@@ -79,7 +79,9 @@ class Inputs:
         epochs, of_all = (training.epochs, "") if stop is None else (stop, f"{stop} of ")
         texts, steps_per_epoch = data.sizes["train"], self.batches.steps_per_epoch
         held = texts / (steps_per_epoch * training.accumulate * processes)  # what --batch_tokens allows, in the mean
-        size = f"about {held:.0f}" if held < 0.75 * min(texts, training.batch_size) else str(training.batch_size)
+        about, size = "", training.batch_size
+        if held < 0.75 * min(texts, size):
+            about, size = "about ", round(held)
         lines = [
             f"data    {data.source}: {', '.join(f'{count:,} {name}' for name, count in data.sizes.items())}",
             f"        {len(data.label_names)} labels: {listed(data.label_names, SHOWN_LABELS)}",
@@ -89,8 +91,8 @@ class Inputs:
             f"model   {self.base.name}, {self.config.name}, {self.hardware.described}",
             f"        CPU kernels: {kernels_used(classifier, self.config.hardware, self.hardware)}",
             f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-            f"        {texts:,} texts: {size} texts a batch, {of_all}{counted(training.epochs, 'epoch')},"
-            f" {epochs * steps_per_epoch:,} steps{patience}",
+            f"        {texts:,} texts: {about}{counted(size, 'text')} a batch, {of_all}{counted(training.epochs, 'epoch')},"
+            f" {counted(epochs * steps_per_epoch, 'step')}{patience}",
             *(f"advice  {sentence}" for sentence in self.advice),
         ]
         return "\n".join(lines)
