@@ -217,7 +217,7 @@ def _base_and_licence(model_name: str, folder: Path) -> tuple[str | None, str | 
 
 def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str:
     if lora is None:
-        return f"{name}, last {method.trainable_layers} layers" if name == "selective" else name
+        return f"{name}, last {counted(method.trainable_layers or 0, 'layer')}" if name == "selective" else name
     kind = {"dora": "DoRA, ", "pissa": "PiSSA, "}.get(lora.lora_variant or "", "")
     layers = f" in layers {lora.lora_layers}" if lora.lora_layers else ""
     return (

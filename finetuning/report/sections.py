@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.errors import counted
 from finetuning.pages import Table
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import Reliability
@@ -96,8 +97,9 @@ def cost_table(result: dict[str, Any]) -> Table:
     train, parameters = result["train"], result["parameters"]
     trained, total = parameters["trainable"], parameters["total"]
     epoch = result["validation"].get("epoch") if train["epochs"] > 1 else None  # of folds' final run there is none
+    epochs = f"{train['epochs']:g} epoch{'' if train['epochs'] == 1 else 's'}"  # a stopped one counts as its part
     rows = [
-        ("training", f"{train['seconds']:,.1f} s, {train['steps']:,} steps, {train['epochs']:g} epochs"),
+        ("training", f"{train['seconds']:,.1f} s, {counted(train['steps'], 'step')}, {epochs}"),
         *([("epoch that was kept", f"{epoch}, by {result['config']['monitor']} on validation")] if epoch else []),
         ("speed of training", f"{train['tokens_per_second'] or 0:,.0f} tokens/s"),
         *([("all folds, before that", f"{result['kfold']['seconds']:,.1f} s")] if "kfold" in result else []),
@@ -133,7 +135,7 @@ def environment_table(result: dict[str, Any]) -> Table:
     rows = [
         ("python", environment["python"]),
         *environment["versions"].items(),
-        ("processor", f"{environment['cpu']}, {environment['threads']} threads"),
+        ("processor", f"{environment['cpu']}, {counted(environment['threads'], 'thread')}"),
         ("GPUs", ", ".join(environment["gpus"])),
         ("CPU kernels", environment.get("cpu_kernels", "")),
         ("commit", commit.get("commit", "") + (" with changes" if commit.get("modified") else "")),

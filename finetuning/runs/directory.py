@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config import RunConfig, resumed_config
-from finetuning.errors import UserError, as_user_error, first_line
+from finetuning.errors import UserError, as_user_error, counted, first_line
 from finetuning.processes import in_slurm_step, is_helper, shared_directory, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
@@ -253,7 +253,7 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
     recorded = read_origin(directory)
     threads, now = recorded["threads"], origin["threads"]
     if None not in (threads, now) and threads != now:
-        _warn_of_change(f"with {threads} threads", f"with {now}", f" (set OMP_NUM_THREADS={threads})")
+        _warn_of_change(f"with {counted(threads, 'thread')}", f"with {now}", f" (set OMP_NUM_THREADS={threads})")
     precision, continues = recorded.get("precision"), origin.get("precision")  # earlier versions did not record it
     if precision is not None and precision != continues:
         _warn_of_change(f"in {precision}", f"in {continues}, which this machine has")

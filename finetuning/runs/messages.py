@@ -51,7 +51,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         lines.append(f"{'kept':<11} epoch {epoch} of {epochs}, by {by} on validation")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
-        f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
+        f" {counted(trained['steps'], 'step')}; {result['seconds']:.1f} s including evaluation and files",
         f"{'memory':<11} peak {result['memory']['peak_bytes'] / 2**20:,.0f} MiB ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",

@@ -91,8 +91,8 @@ class Inputs:
             f"model   {self.base.name}, {self.config.name}, {self.hardware.described}",
             f"        CPU kernels: {kernels_used(classifier, self.config.hardware, self.hardware)}",
             f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-            f"        {texts:,} texts: {about}{counted(size, 'text')} a batch, {of_all}{counted(training.epochs, 'epoch')},"
-            f" {counted(epochs * steps_per_epoch, 'step')}{patience}",
+            f"        {texts:,} texts: {about}{counted(size, 'text')} a batch,"
+            f" {of_all}{counted(training.epochs, 'epoch')}, {counted(epochs * steps_per_epoch, 'step')}{patience}",
             *(f"advice  {sentence}" for sentence in self.advice),
         ]
         return "\n".join(lines)
