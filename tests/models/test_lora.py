@@ -159,6 +159,10 @@ def test_low_precision_base_keeps_fp32_masters(dtype: torch.dtype) -> None:
         ours = gradients(y, list(module.lora.parameters()))
         assert all(g.dtype == torch.float32 for g in ours)
         assert_each_near(ours, exact, 0.02)
+    holder = nn.Sequential(module)
+    merge_lora(holder)  # which is plain fp32, whatever the base was
+    assert {parameter.dtype for parameter in holder.parameters()} == {torch.float32}
+    assert relative_error(holder(x), module(x.to(dtype))) < 0.02
 
 
 # --- whole models
