@@ -324,6 +324,17 @@ def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(model_type: st
         assert f"{kernel}_forward" in called
 
 
+def test_trained_terms_of_the_scores_get_their_gradient_where_the_kernel_could_compute_attention() -> None:
+    family = FAMILIES["mpnet"]
+    model = prepare(family, "full", {"hidden_size": 128, "max_position_embeddings": 128})
+    ids, mask, labels = batch(family, padded=True)
+    name = next(name for name, _ in model.named_parameters() if "relative_attention_bias" in name)
+    exact = loss_gradients(model, plain(model, ids, mask), labels)[name]
+    ours = loss_gradients(model, classify(model, family, ids, mask, torch.bfloat16), labels)[name]
+    assert exact.abs().max() > 0
+    assert relative_error(ours, exact) < 0.05
+
+
 def test_frozen_base_stored_in_bf16_gives_the_same_as_casting_it() -> None:
     family = FAMILIES["distilbert"]
     model = prepare(family, "all")
