@@ -1,4 +1,4 @@
-# `make finetune` and `make test` need only Python 3.11 or newer and this folder.
+# `make finetune` and `make test` need only Python 3.11 or newer and this folder; the first call also needs PyPI.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -25,7 +25,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
-# Tables, plots (only README's is committed), results/report.html and the tables of README and docs/, from the runs in results/.
+# Tables and plots of studies (only README's plot is committed), results/report.html, the tables of studies in README and docs/,
+# and README's table of speed. Benchmarks write the other tables.
 tables: $(VENV)/.installed
 	$(BIN)/python compare_methods.py report
 	$(BIN)/python -m benchmarks.headline
@@ -38,7 +39,7 @@ benchmark: $(VENV)/.installed-dev
 roofline: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.roofline $(BENCHMARK_FLAGS)
 
-# Kills, signals, damaged files, full disks: hundreds of trials, an hour or more; a second call goes on.
+# Kills, signals, damaged files, full disks: about 1,100 trials, hours; a second call goes on.
 campaign: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.faults $(CAMPAIGN_FLAGS)
 

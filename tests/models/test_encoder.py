@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 
 from finetuning.models import chunked_attention, compiled, cpu_kernels, encoder, rows
+from finetuning.models.attention import Attention
 from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
@@ -240,6 +241,29 @@ def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamil
     for name in ("on a CPU", "on a GPU"):
         assert 0.8 < float(spread[name] / spread["theirs"]) < 1.25
         assert torch.equal(forwards[name](), forwards[name]())
+
+
+@pytest.mark.parametrize("target", ["key", "value"])
+def test_the_first_token_attends_to_keys_and_values_of_their_own_if_lora_drops_their_input(
+    target: str, monkeypatch: Patch
+) -> None:
+    called, absorbed = [], Attention.absorbed
+
+    def spy(self: Attention, *arguments: Any) -> Tensor:
+        called.append(target)
+        return absorbed(self, *arguments)
+
+    monkeypatch.setattr(Attention, "absorbed", spy)
+    family = FAMILIES["bert"]
+    model = prepare(family, target)
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.dropout.p = 0.3
+    ids, mask, _ = batch(family, padded=True)
+    classify(model, family, ids, mask, torch.float32)
+    assert not called
+    classify(model.eval(), family, ids, mask, torch.float32)
+    assert called
 
 
 @FAMILY
