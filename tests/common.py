@@ -40,6 +40,7 @@ from finetuning.data.texts import TextData
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from finetuning.gpus import visible_cards
+from finetuning.materials import find_materials
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
@@ -47,6 +48,7 @@ from finetuning.processor import cpu_name
 from finetuning.runs.answers import Answers, Rule
 from finetuning.runs.files import PREDICTIONS, read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
+from finetuning.steps.inputs import Inputs, read_inputs
 from local_dataset_utilities import load_texts
 from tests.tiny_models import save_tokenizer, tiny_model
 
@@ -160,6 +162,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
     return folder
+
+
+def inputs_of_flags(model: Path, data_dir: Path, line: str) -> Inputs:
+    """What a run with these flags on a CPU reads before it trains; the texts are those of a folder."""
+    config = config_of_flags(f"--accelerator cpu --model_name {model} --dataset text --data_dir {data_dir} {line}")
+    return read_inputs(config, find_materials(config))
 
 
 def some(value: T | None) -> T:

@@ -11,11 +11,10 @@ from sklearn.metrics import f1_score
 from finetuning.comparison import baselines
 from finetuning.config import RunConfig
 from finetuning.data.splits import sampled
-from finetuning.materials import find_materials
 from finetuning.runs.records import ComparedRecord
 from finetuning.steps.baseline import compare_with_baseline, of_folds
-from finetuning.steps.inputs import Inputs, read_inputs
-from tests.common import Capture, Patch, config_of_flags, some
+from finetuning.steps.inputs import Inputs
+from tests.common import Capture, Patch, inputs_of_flags, some
 
 
 @pytest.fixture
@@ -31,11 +30,7 @@ def inputs_of(bert: Path, tmp_path: Path) -> Any:
         (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]), encoding="utf8")
 
     def read(flags: str) -> Inputs:
-        data = (
-            f"--accelerator cpu --model_name {bert} --dataset text --data_dir {tmp_path} --max_length 32 --test False"
-        )
-        config = config_of_flags(f"{data} {flags}")
-        return read_inputs(config, find_materials(config))
+        return inputs_of_flags(bert, tmp_path, f"--max_length 32 --test False {flags}")
 
     return read
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.materials import find_materials
 from finetuning.runs.files import ADAPTER
-from finetuning.steps.inputs import read_inputs
-from tests.common import check_refusal, config_of_flags
+from tests.common import check_refusal, inputs_of_flags
 from tests.runs.test_adapters import made_by_peft
 
 
@@ -26,9 +24,7 @@ from tests.runs.test_adapters import made_by_peft
 def test_the_headline_tells_the_texts_a_batch_that_the_tokens_allow(
     bases: dict[str, Path], review_folder: Path, flags: str, said: str
 ) -> None:
-    data = f"--accelerator cpu --model_name {bases['bert']} --dataset text --data_dir {review_folder} --max_length 32"
-    config = config_of_flags(f"{data} --epochs 2 {flags}")
-    inputs = read_inputs(config, find_materials(config))
+    inputs = inputs_of_flags(bases["bert"], review_folder, f"--max_length 32 --epochs 2 {flags}")
     assert said in inputs.headline(inputs.build())
 
 
@@ -40,7 +36,6 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_stored(
     tensors = load_file(tmp_path / "adapter" / ADAPTER)
     first = next(name for name in sorted(tensors) if name.endswith("lora_A.weight"))
     save_file(tensors | {first: torch.ones(4, 33)}, tmp_path / "adapter" / ADAPTER)
-    data = f"--accelerator cpu --model_name {bases['bert']} --dataset text --data_dir {review_folder} --max_length 32"
-    config = config_of_flags(f"{data} --init_adapter {tmp_path / 'adapter'} {more}")
-    check_refusal(r"has shape \(4, 33\), must be \(4, 32\)", read_inputs, config, find_materials(config))
+    line = f"--max_length 32 --init_adapter {tmp_path / 'adapter'} {more}"
+    check_refusal(r"has shape \(4, 33\), must be \(4, 32\)", inputs_of_flags, bases["bert"], review_folder, line)
     assert not [path for path in cache.rglob("*") if path.is_file()]

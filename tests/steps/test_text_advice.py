@@ -23,7 +23,7 @@ from finetuning.steps.text_advice import (
 )  # fmt: skip
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
-from tests.common import config_of_flags, some
+from tests.common import config_of_flags, inputs_of_flags, some
 from tests.synthetic_runs import grid_in
 
 
@@ -182,9 +182,7 @@ def test_texts_that_are_mostly_cut_bring_advice() -> None:
 def test_a_run_knows_the_share_of_texts_at_the_limit(
     bases: dict[str, Path], review_folder: Path, length: int, share: float
 ) -> None:
-    flags = f"--accelerator cpu --model_name {bases['bert']} --dataset text --data_dir {review_folder}"
-    config = config_of_flags(f"{flags} --max_length {length}")
-    inputs = read_inputs(config, find_materials(config))
+    inputs = inputs_of_flags(bases["bert"], review_folder, f"--max_length {length}")
     assert inputs.share_at_limit == share
     assert any("and longer ones are cut" in sentence for sentence in inputs.advice) == (share > 0)
 
