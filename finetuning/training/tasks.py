@@ -94,8 +94,15 @@ class SingleLabel(_Task):
         self.smoothing = smoothing
 
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum over texts of the weighted and smoothed loss: ``(B, classes), (B,) -> ()``."""
-        return cross_entropy(logits, labels, self.weights, reduction="sum", label_smoothing=self.smoothing)
+        """The sum over texts of the weighted and smoothed loss: ``(B, classes), (B,) -> ()``.
+
+        The weight of a text is that of its own class. PyTorch's ``weight`` would weigh each smoothed share by the class
+        that it is spread to, and so teach a small class to the texts of a large one.
+        """
+        if self.weights is None:
+            return cross_entropy(logits, labels, reduction="sum", label_smoothing=self.smoothing)
+        losses = cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
+        return (self.weights[labels] * losses).sum()
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The plain loss of each text, so that runs with other weights can be compared: ``-> (B,)``."""

@@ -38,10 +38,19 @@ def test_weights_and_smoothing_act_in_training_only() -> None:
     weights = torch.tensor([1.0, 2.0, 0.5])
     task = SingleLabel(NAMES, weights, smoothing=0.1)
     target = 0.9 * one_hot(labels, 3) + 0.1 / 3
-    by_hand = -(target * weights * logits.log_softmax(-1)).sum()
+    by_hand = -(weights[labels][:, None] * target * logits.log_softmax(-1)).sum()
     assert task.training_loss(logits, labels) == pytest.approx(float(by_hand), rel=1e-5)
     assert torch.equal(task.losses(logits, labels), SingleLabel(NAMES).losses(logits, labels))
     assert not task.state_dict()  # checkpoints of runs with and without weights have the same content
+
+
+def test_a_weight_does_not_move_what_a_smoothed_label_asks_for() -> None:
+    asked = torch.tensor([[0.95, 0.05], [0.05, 0.95]])
+    logits = asked.log().requires_grad_()
+    SingleLabel(["large", "small"], torch.tensor([0.5, 15.0]), smoothing=0.1).training_loss(
+        logits, torch.tensor([0, 1])
+    ).backward()
+    torch.testing.assert_close(logits.grad, torch.zeros(2, 2), atol=1e-6, rtol=0)
 
 
 def test_scores_by_hand() -> None:
