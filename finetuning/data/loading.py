@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from finetuning.data.doubts import contradictions, respelled, wordless
 from finetuning.data.folds import with_folds
 from finetuning.data.labels import STRATIFIED, doubt_about, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import (
-    contradictions,
     encode_labels,
     limited,
     lost_classes,
@@ -23,7 +23,6 @@ from finetuning.data.splits import (
     split_source,
     with_unseen_test,
     without_leaks,
-    wordless,
 )  # fmt: skip
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, begun_key, cached_tokens
@@ -55,7 +54,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     before = splits["train"]
     splits, leaks_dropped, shared = without_leaks(splits, names)
     splits, note = with_unseen_test(splits, given)
-    notes += [*shared, *note, *source.notes]
+    notes += [*shared, *note, *respelled(splits), *source.notes]
     if "group" in before:
         notes.append(
             "intervals and risks count texts as independent; those of one group are not: the truth is less certain"

@@ -17,13 +17,10 @@ from finetuning.data.labels import (
     misspelled,
     rarest_labels,
 )
-from finetuning.data.texts import LabelledTexts, Source
+from finetuning.data.texts import LabelledTexts, Source, copied
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError, counted
 from finetuning.settings import DataSettings
-
-MANY_CONTRADICTIONS = 0.1  # of the training texts
-MANY_WORDLESS = 0.5  # of the training texts
 
 
 def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
@@ -204,40 +201,9 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
     return splits, f"{name}, {'resplit' if kind == 'resplit' else 'held out'} ({source.where})"
 
 
-def _content(table: pd.DataFrame) -> pd.Series:
-    """What must not appear in two splits: the text, or both texts of a pair."""
-    text = table.text.str.strip()
-    return text if "pair" not in table else text + "\0" + table.pair.str.strip()
-
-
 def _shares_group(table: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
     """Which rows belong to a group that ``others`` have, too."""
     return table.group.isin(others.group) if "group" in table else pd.Series(False, index=table.index)
-
-
-def contradictions(train: pd.DataFrame) -> list[str]:
-    """A warning if many texts occur with several labels, as when one of two columns is missing; else empty."""
-    if "labels" in train:
-        return []
-    share = (train.groupby(_content(train)).label.transform("nunique") > 1).mean()
-    if share < MANY_CONTRADICTIONS:
-        return []
-    way = "" if "pair" in train else ": --text_pair_column gives the second text, --text_column A,B joins two columns"
-    return [
-        f"warning: {share:.0%} of the training texts have different labels elsewhere in train, so people disagree, or"
-        f" the label depends on another column{way}"
-    ]
-
-
-def wordless(train: pd.DataFrame) -> list[str]:
-    """A warning if at least half of the texts are numbers or ids, as if another column was given; else empty."""
-    texts = train.text.str.strip()
-    ids = ~texts.str.contains(r"\s") & texts.str.contains(r"\d") & texts.map(str.isascii)
-    share = (ids | ~texts.str.contains(r"[^\W\d_]")).mean()
-    if share < MANY_WORDLESS:
-        return []
-    what = "have no letter, or are one word with a digit"
-    return [f"warning: {share:.0%} of the training texts {what}: is --text_column the column that you mean?"]
 
 
 def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[dict[str, pd.DataFrame], int, list[str]]:
@@ -250,7 +216,7 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
         UserError: a label of validation or test does not appear in train.
     """
     held_out = pd.concat([table for name, table in splits.items() if name != "train"])
-    leaks, grouped = _content(splits["train"]).isin(_content(held_out)), _shares_group(splits["train"], held_out)
+    leaks, grouped = copied(splits["train"]).isin(copied(held_out)), _shares_group(splits["train"], held_out)
     train = splits["train"][~leaks & ~grouped]
     kept, dropped, more = splits | {"train": train}, int(leaks.sum()), int((grouped & ~leaks).sum())
     notes = [f"removed {more} more training texts whose group is in another split"] if more else []
@@ -293,7 +259,7 @@ def with_unseen_test(splits: dict[str, pd.DataFrame], given: bool) -> tuple[dict
     if "validation" not in splits:
         return splits, []
     validation, test = splits["validation"], splits["test"]
-    seen = _content(validation).isin(_content(test)) | _shares_group(validation, test)
+    seen = copied(validation).isin(copied(test)) | _shares_group(validation, test)
     if not seen.any():
         return splits, []
     appear = "also appear in, or share a group with, test" if "group" in test else "also appear in test"

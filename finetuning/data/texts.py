@@ -24,6 +24,12 @@ class Source:
     found: dict[str, Any] = field(default_factory=dict)  # settings that the reader found: text_column, label_column
 
 
+def copied(table: pd.DataFrame) -> pd.Series:
+    """What is the same in copies: the text, or both texts of a pair, without the spaces around."""
+    text = table.text.str.strip()
+    return text if "pair" not in table else text + "\0" + table.pair.str.strip()
+
+
 @dataclass(frozen=True)
 class LabelledTexts:
     """One split. ``rows`` gives the position of each text in its source, counted from 0.
@@ -42,8 +48,8 @@ class LabelledTexts:
     @functools.cached_property
     def contents(self) -> np.ndarray:
         """A number for each text or pair, (n,), the same for copies. All folds ask for it."""
-        pairs = [""] * len(self.texts) if self.pairs is None else self.pairs
-        return pd.factorize(pd.Series([f"{a.strip()}\0{b.strip()}" for a, b in zip(self.texts, pairs, strict=True)]))[0]
+        texts = {"text": self.texts} if self.pairs is None else {"text": self.texts, "pair": self.pairs}
+        return pd.factorize(copied(pd.DataFrame(texts, dtype=object)))[0]
 
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]

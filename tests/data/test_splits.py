@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from finetuning.config import RunConfig
-from finetuning.data.splits import stratified_parts, without_leaks, wordless
+from finetuning.data.splits import stratified_parts, without_leaks
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.errors import UserError
-from tests.common import check_refusal, frame, refusal_of, some, text_config, texts_of, write_texts
+from tests.common import check_refusal, frame, refusal_of, some, text_config, texts_of
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -342,32 +342,6 @@ def test_of_pairs_both_texts_make_a_leak(tmp_path: Path) -> None:
         ("a", "y", 1), ("b", "x", 0), ("c", "z", 1),
     ]  # fmt: skip
     assert texts_of(text_config(tmp_path)).splits["train"].pairs is None
-
-
-@pytest.mark.parametrize(("twice", "warned"), [(8, True), (1, False)])
-def test_texts_with_two_labels_each_may_be_half_of_a_pair(tmp_path: Path, twice: int, warned: bool) -> None:
-    rows = [f"question {i},{label}\n" for i in range(twice) for label in "ab"]
-    rows += [f"text {i},{'ab'[i % 2]}\n" for i in range(30)]
-    notes = texts_of(write_texts(tmp_path, "text,label\n" + "".join(rows))).notes
-    found = [note for note in notes if "training texts have different labels elsewhere in train" in note]
-    assert bool(found) == warned
-
-
-def test_a_column_of_numbers_is_doubted(tmp_path: Path) -> None:
-    rows = "".join(f"{i},{2021 + i}-01,T{i:04},a film {i},{'ab'[i % 2]}\n" for i in range(30))
-    write_texts(tmp_path, "number,month,ticket,text,label\n" + rows)
-    for column, doubted in (("number", True), ("month", True), ("ticket", True), ("text", False)):
-        notes = texts_of(text_config(tmp_path, text_column=column)).notes
-        line = "warning: 100% of the training texts have no letter, or are one word with a digit: is --text_column the"
-        assert any(note.startswith(line) for note in notes) == doubted
-    write_texts(tmp_path, "text,label\n" + "".join(f"是的{i},{'ab'[i % 2]}\n" for i in range(30)))
-    assert not any("no letter" in note for note in texts_of(text_config(tmp_path)).notes)
-
-
-@pytest.mark.parametrize(("numbers", "doubted"), [(14, False), (15, True)])
-def test_half_of_the_texts_may_have_no_letter(numbers: int, doubted: bool) -> None:
-    texts = [f" {i}\n. " if i < numbers else f"film\n{i}" for i in range(30)]
-    assert bool(wordless(pd.DataFrame({"text": texts}))) == doubted
 
 
 def test_the_texts_of_a_pair_stay_apart() -> None:

@@ -1,0 +1,69 @@
+"""Warnings about texts: the column may be another than the user meant, or the score too high."""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+
+import pandas as pd
+
+from finetuning.data.texts import copied
+
+MANY_CONTRADICTIONS = 0.1  # of the training texts
+MANY_WORDLESS = 0.5  # of the training texts
+MANY_RESPELLED = 0.01  # of the texts that are held out
+SHAPELESS = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")  # hyphens and joints that nobody sees
+
+
+def contradictions(train: pd.DataFrame) -> list[str]:
+    """A warning if many texts occur with several labels, as when one of two columns is missing; else empty."""
+    if "labels" in train:
+        return []
+    share = (train.groupby(copied(train)).label.transform("nunique") > 1).mean()
+    if share < MANY_CONTRADICTIONS:
+        return []
+    way = "" if "pair" in train else ": --text_pair_column gives the second text, --text_column A,B joins two columns"
+    return [
+        f"warning: {share:.0%} of the training texts have different labels elsewhere in train, so people disagree, or"
+        f" the label depends on another column{way}"
+    ]
+
+
+def wordless(train: pd.DataFrame) -> list[str]:
+    """A warning if at least half of the texts are numbers or ids, as if another column was given; else empty."""
+    texts = train.text.str.strip()
+    ids = ~texts.str.contains(r"\s") & texts.str.contains(r"\d") & texts.map(str.isascii)
+    share = (ids | ~texts.str.contains(r"[^\W\d_]")).mean()
+    if share < MANY_WORDLESS:
+        return []
+    what = "have no letter, or are one word with a digit"
+    return [f"warning: {share:.0%} of the training texts {what}: is --text_column the column that you mean?"]
+
+
+def respelled(splits: Mapping[str, pd.DataFrame]) -> list[str]:
+    """A warning if many held-out texts are training texts but for capitals, spaces and codes that nobody sees.
+
+    ``without_leaks`` keeps those, because capitals may matter. Without validation (``--kfold``) each training text is
+    held out once, so two of them count as well.
+    """
+    train, others = splits["train"], [table for name, table in splits.items() if name != "train"]
+    looks, held_out = _looks(train), pd.concat(map(_looks, others))
+    found = held_out.isin(looks)
+    if "validation" not in splits:
+        found = pd.concat([found, copied(train).groupby(looks).transform("nunique") > 1])
+    if found.mean() < MANY_RESPELLED:
+        return []
+    what = "held-out text is a training text" if found.sum() == 1 else "held-out texts are training texts"
+    return [
+        f"warning: {found.sum()} {what} but for capitals, spaces or invisible characters, so scores may be too high:"
+        " spell them alike"
+    ]
+
+
+def _looks(table: pd.DataFrame) -> pd.Series:
+    """What a reader takes for the text, or for both texts of a pair."""
+    return copied(table).map(_look)
+
+
+def _look(text: str) -> str:
+    shown = text if text.isascii() else SHAPELESS.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(shown.casefold().split())
