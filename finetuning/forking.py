@@ -197,18 +197,18 @@ def _run(
     global _forked
     _forked = True
     os.setpgid(0, 0)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    for standard, file in enumerate(files[:3]):
-        os.dup2(file, standard)
-        os.close(file)
-    for standard, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = _opened(standard, getattr(sys, name))
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
-    with suppress(OSError):  # the client may have ended
-        client.sendall(NUMBER.pack(os.getpid()))  # from here on signals reach the script
     try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for standard, file in enumerate(files[:3]):
+            os.dup2(file, standard)
+            os.close(file)
+        for standard, name in enumerate(("stdin", "stdout", "stderr")):
+            stream = _opened(standard, getattr(sys, name))
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        with suppress(OSError):  # the client may have ended
+            client.sendall(NUMBER.pack(os.getpid()))  # from here on signals reach the script
         os.chdir(directory)
         if environment is not None:
             os.environ.clear()

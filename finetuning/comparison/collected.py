@@ -227,6 +227,11 @@ class Study:
         collected = {run.name for run in self.runs}
         return [name for name in self.planned if name not in collected]
 
+    @property
+    def unplanned(self) -> list[str]:
+        """Names of collected final runs that the study's file no longer has."""
+        return [run.name for run in self.final if self.planned and run.name not in self.planned]
+
     @cached_property
     def data_sets(self) -> frozenset[str]:
         """The names of the runs' data sets."""

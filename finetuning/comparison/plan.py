@@ -230,7 +230,7 @@ def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
     for row in rows:
         wanted = row.get("data", names)
         if not isinstance(wanted, list) or not wanted or not all(name in names for name in wanted):
-            raise UserError(f"row {row['name']}: data {wanted}: must be a list of names of [[data]]")
+            raise UserError(f"row {row['name']}: data {wanted}: must be a list of names of [[data]]: {listed(names)}")
         on = [each | row | {"name": f"{each['name']}-{row['name']}", "data": each["name"]} for each in sets]
         found += [each for each in on if each["data"] in wanted]
     return found
@@ -304,7 +304,7 @@ def _settings_and_axes(
             check_numbers(f"{place}{key}", key, several)
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
-            raise UserError(f"{where}axes: {key}: must be a list of different values, at least one")
+            raise UserError(f"{where}axes: {key} {values}: must be a list of different values, at least one")
     return content["defaults"] | own, axes
 
 

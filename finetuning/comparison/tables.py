@@ -194,12 +194,17 @@ def tuning_table(study: Study) -> Table:
     )
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:NAMED], *(["and others"] if len(names) > NAMED else [])])
+
+
 def notes(study: Study) -> list[str]:
     """What a reader of the main table must know, one sentence or two each."""
     found = []
     if study.missing:
-        named = [*study.missing[:NAMED], *(["and others"] if len(study.missing) > NAMED else [])]
-        found.append(f"Not run yet ({len(study.missing)} of {len(study.planned)}): {', '.join(named)}.")
+        found.append(f"Not run yet ({len(study.missing)} of {len(study.planned)}): {_some(study.missing)}.")
+    if study.unplanned:
+        found.append(f"Compared here, but no longer in the study's file: {_some(study.unplanned)}.")
     if study.cost_obstacles:
         left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in study.cost_obstacles.items())

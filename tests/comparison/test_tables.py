@@ -165,6 +165,8 @@ def test_what_has_not_run_is_named(tmp_path: Path) -> None:
     (note,) = notes(read_study("s", tmp_path))
     assert note.startswith("Not run yet (14 of 15): b-seed0, b-seed1, ")
     assert note.endswith("b-seed11, and others.")
+    change_records(tmp_path / "s", [], ["b-seed0"])
+    assert notes(read_study("s", tmp_path))[1:] == [f"Compared here, but no longer in the study's file: {run}."]
 
 
 def test_a_small_test_split_is_said_to_be_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
