@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from finetuning.data.files import shown_columns
@@ -41,6 +42,16 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
         return table[names[0]]
     parts = table[names].astype(object).where(table[names].notna(), "")
     return pd.Series([_joined(row) for row in parts.itertuples(index=False, name=None)], table.index, dtype=object)
+
+
+def no_text(columns: pd.DataFrame) -> str:
+    """What to do if one of the columns holds other values than text; empty if it does not."""
+    for name, column in columns.items():
+        others = column[column.notna() & ~column.map(lambda value: isinstance(value, str))].tolist()
+        if others:
+            kind = "lists or objects" if isinstance(others[0], dict | list | np.ndarray) else type(others[0]).__name__
+            return f"column {name} holds {kind}: write the text itself"
+    return ""
 
 
 def refuse_columns(data: DataSettings) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -55,6 +55,19 @@ def respelled(splits: Mapping[str, pd.DataFrame]) -> list[str]:
     what = "held-out text is a training text" if found.sum() == 1 else "held-out texts are training texts"
     return [
         f"warning: {found.sum()} {what} but for capitals, spaces or invisible characters, so scores may be too high:"
+        " spell them alike"
+    ]
+
+
+def alike_groups(names: Sequence[str]) -> list[str]:
+    """A warning if the names of different groups look alike; else empty."""
+    looks = pd.Series(names).map(_look)
+    if not looks.duplicated().any():
+        return []
+    first = looks[looks.duplicated()].iloc[0]
+    twins = [name for name, look in zip(names, looks, strict=True) if look == first]
+    return [
+        f"warning: groups {' and '.join(map(ascii, twins))} count as different, so their texts may be in two splits:"
         " spell them alike"
     ]
 

@@ -66,8 +66,12 @@ def readable(path: Path) -> Iterator[None]:
 def not_utf8(path: Path) -> str:
     """What to say of a file that is not UTF-8, and what to do."""
     with opened(path) as file:
-        zipped = file.read(4) == b"PK\3\4"
-    return "is an Excel file or an archive: save it as CSV in UTF-8" if zipped else "is not UTF-8: convert it (iconv)"
+        start = file.read(4)
+    if start.startswith(b"\x1f\x8b"):
+        return f"is packed: end its name in {PACKED}"
+    if start == b"PK\3\4":
+        return "is an Excel file or an archive: save it as CSV in UTF-8"
+    return "is not UTF-8: convert it (iconv)"
 
 
 def shown_columns(columns: Iterable[object]) -> str:

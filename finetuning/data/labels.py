@@ -36,6 +36,14 @@ def same_spelling(name: str) -> str:
     return unicodedata.normalize("NFKC", "".join(shaped)).casefold()
 
 
+def same_label(name: str) -> str | float:
+    """As ``same_spelling``, but a number stands for all forms of it, as 1, 1.0 and 01."""
+    spelled = same_spelling(name)
+    with suppress(ValueError):
+        return float(spelled) if any(map(str.isdigit, spelled)) else spelled
+    return spelled
+
+
 def misspelled(name: str, known: Iterable[str]) -> str:
     """A clause that an unknown label is a known one in another spelling, with the codes of both; empty if it is not."""
     alike = next((other for other in known if same_spelling(other) == same_spelling(name)), None)
@@ -164,8 +172,9 @@ def comparable(labels: pd.Series, names: Sequence[str] | None) -> pd.Series:
     if not words.any():
         return labels
     stripped = labels.where(~words, labels.astype(str).str.strip())
-    if any(as_number(word) is None for word in stripped[words].unique()):
-        return stripped  # codes such as 01 stay as they are written
+    if any(as_number(word) is None for word in stripped[words].unique()):  # codes such as 01 stay as they are written
+        truths = labels.map(lambda label: isinstance(label, bool | np.bool_))  # which a CSV has as words
+        return stripped.where(~truths, stripped.astype(str))
     numbers = pd.to_numeric(labels.where(words | labels.map(np.isscalar)), errors="coerce")
     return numbers if numbers.notna().all() else stripped
 

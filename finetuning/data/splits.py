@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from finetuning.data.doubts import alike_groups
 from finetuning.data.folds import group_folds
 from finetuning.data.labels import (
     EXACT,
@@ -40,7 +41,8 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
         kinds = labels.map(lambda label: type(label).__name__)
         odd = labels[kinds == kinds.value_counts().idxmin()].tolist()[0]
         raise UserError(
-            f"--label_column {data.label_column}: labels must be all numbers or all strings, but one is {odd!r}"
+            f"--label_column {data.label_column}: labels must be all numbers or all strings, but one is {odd!r}: write"
+            " them alike in all files"
         )
     known: dict[Any, int]
     if source.label_names is not None:
@@ -122,10 +124,11 @@ def numbered_groups(source: Source) -> Source:
     """The source with a number in place of each group's name, the same one in all splits."""
     if "group" not in source.tables["train"]:
         return source
-    numbers, _ = pd.factorize(pd.concat([table.group for table in source.tables.values()]))
+    numbers, names = pd.factorize(pd.concat([table.group for table in source.tables.values()]))
     parts = np.split(numbers, np.cumsum([len(table) for table in source.tables.values()])[:-1])
-    tables = zip(source.tables.items(), parts, strict=True)
-    return dataclasses.replace(source, tables={split: table.assign(group=part) for (split, table), part in tables})
+    parts_of = zip(source.tables.items(), parts, strict=True)
+    tables = {split: table.assign(group=part) for (split, table), part in parts_of}
+    return dataclasses.replace(source, tables=tables, notes=[*source.notes, *alike_groups(names.tolist())])
 
 
 def _grouped_parts(table: pd.DataFrame, shares: Sequence[int], data: DataSettings) -> list[pd.DataFrame]:

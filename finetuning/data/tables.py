@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.columns import text_columns, texts_in
+from finetuning.data.columns import no_text, text_columns, texts_in
 from finetuning.data.files import (
     FIRST_ROW,
     allowed_endings,
@@ -44,7 +44,8 @@ def split_files(folder: Path) -> dict[str, Path]:
     if not found["train"]:
         wanted = f"train with one of the endings {allowed_endings()} (or, for imdb, an aclImdb folder)"
         tables = [path.name for path in _other_tables(folder) if path.is_file()]
-        single = f", or give a file itself, as --data_dir {folder / tables[0]}" if tables else ""
+        first = min(tables, key=lambda name: not name.lower().startswith("train"), default="")  # not the test file
+        single = f", or give a file itself, as --data_dir {folder / first}" if tables else ""
         raise UserError(f"--data_dir {folder}: must contain {wanted}{single}")
     for split, paths in found.items():
         refuse_several(folder, paths, split)
@@ -119,7 +120,7 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
                 f"{flags[name]}: column {data.label_column} holds the labels, which are no part of the text"
             )
         empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
-        hint = _no_text(table[columns[name]]) if empty.any() else ""
+        hint = no_text(table[columns[name]]) if empty.any() else ""
         _refuse_rows(table.index[empty], "text", flags[name], path, hint)
     empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
     lists = label.map(lambda value: isinstance(value, list | np.ndarray)).any()
@@ -160,16 +161,6 @@ def _without_zeros(value: Any) -> Any:
 def shortest_numbers(label: pd.Series) -> pd.Series:
     """Labels of 16 or 32 bits, such as 0.1, as people write them: as 64 bits they would be 0.10000000149011612."""
     return label.astype(str).astype(float) if label.dtype in (np.float16, np.float32) else label
-
-
-def _no_text(columns: pd.DataFrame) -> str:
-    """What to do if one of the columns holds other values than text; empty if it does not."""
-    for name, column in columns.items():
-        others = column[column.notna() & ~column.map(lambda value: isinstance(value, str))].tolist()
-        if others:
-            kind = "lists or objects" if isinstance(others[0], dict | list | np.ndarray) else type(others[0]).__name__
-            return f"column {name} holds {kind}: write the text itself"
-    return ""
 
 
 def _refuse_rows(bad: pd.Index, what: str, flag: str, path: Path | str, hint: str) -> None:

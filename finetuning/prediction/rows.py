@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from finetuning.data.columns import texts_in
+from finetuning.data.columns import no_text, text_columns, texts_in
 from finetuning.data.files import (
     FIRST_ROW,
     HALF,
@@ -32,7 +32,7 @@ from finetuning.data.files import (
     parquet_schema,
     read_chunks,
 )
-from finetuning.errors import UserError, as_user_error, first_line
+from finetuning.errors import UserError, as_user_error, first_line, listed
 
 STANDARD_INPUT = Path("-")
 CHUNK_ROWS = 10_000  # enough that batches of like lengths have little padding
@@ -87,7 +87,10 @@ class Source:
                     if fault is not None and not skip_bad:
                         flag = "--text_pair" if (self.flag, name) == ("--text", PAIR) else self.flag
                         place = f"row {number - 1} ({FIRST_ROW})" if self.header else f"text {number}"
-                        raise UserError(f"{flag}: {place} is {fault}, or give --skip_bad_rows")
+                        parts = table[text_columns(self.columns[name], table.columns)].iloc[[number - first]]
+                        joined = no_text(parts) if parts.shape[1] > 1 else ""
+                        what = f"has no text: {joined}" if joined else f"is {fault}"
+                        raise UserError(f"{flag}: {place} {what}, or give --skip_bad_rows")
                 bad |= np.array([fault is not None for fault in faults], dtype=bool)
             yield Rows(table, found, bad)
             first += len(table)
@@ -228,6 +231,10 @@ def survey(source: Source, skip_bad: bool, typed: bool, done: Callable[[int], ob
         done(len(rows.bad))
     if not count:
         raise UserError(f"{source.flag}: contains no text")
+    if source.header and bad == count:  # most often another column is meant
+        given = " and ".join(f"--{name}_column {column}" for name, column in source.columns.items())
+        others = [name for name in columns if name not in source.columns.values()]
+        raise UserError(f"{source.flag}: no row has a text in {given}: other columns are {listed(others) or 'none'}")
     return Survey(count, bad, list(columns), schema if typed else None)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from finetuning.data.labels import same_spelling
+from finetuning.data.labels import same_label
 from finetuning.runs.answers import Answers
 from finetuning.runs.records import FoldsRecord
 from finetuning.runs.scores import shows_learning
@@ -43,14 +43,14 @@ def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings)
 
 
 def spelling_advice(names: Sequence[str]) -> list[str]:
-    """What to do if two labels differ only in capitals, spaces or codes, as people type them; empty if none do."""
-    alike: dict[str, list[str]] = {}
+    """What to do if two labels differ only as people type one: capitals, spaces, codes, numbers; empty if none do."""
+    alike: dict[str | float, list[str]] = {}
     for name in names:
-        alike.setdefault(same_spelling(name), []).append(name)
+        alike.setdefault(same_label(name), []).append(name)
     twice = [" and ".join(map(ascii, found)) for found in alike.values() if len(found) > 1]  # which shows the codes
     if not twice:
         return []
-    differ = "labels that differ only in capitals, spaces or character codes"
+    differ = "labels that differ only in capitals, spaces, character codes or the form of a number"
     return [f"{differ} are different classes: {'; '.join(twice)}: spell them alike"]
 
 

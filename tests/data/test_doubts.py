@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from finetuning.data.doubts import respelled, wordless
+from finetuning.data.doubts import alike_groups, respelled, wordless
 from tests.common import text_config, texts_of, write_texts
 
 
@@ -71,6 +71,15 @@ def test_a_pair_looks_like_another_if_both_texts_do() -> None:
 
     assert said("X")
     assert not said("Y")
+
+
+def test_groups_that_look_alike_are_named(tmp_path: Path) -> None:
+    names = ["Acme", "acme ", "ACME"]
+    rows = [f"text {i},{'ab'[i % 2]},{names[i // 2] if i < 6 else i // 2}\n" for i in range(60)]
+    write_texts(tmp_path, "text,label,by\n" + "".join(rows))
+    said = "warning: groups 'Acme' and 'acme' and 'ACME' count as different, so their texts may be in two splits: spell"
+    assert any(note.startswith(said) for note in texts_of(text_config(tmp_path, group_column="by")).notes)
+    assert alike_groups(["1", "2", "Bell"]) == []
 
 
 def test_a_run_prints_the_warning(tmp_path: Path) -> None:

@@ -259,6 +259,21 @@ def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
             check_refusal(line, texts_of, RunConfig.from_settings(dataset=dataset, data_dir=path))
 
 
+def test_of_a_folder_of_the_hub_the_training_file_is_named(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        write_texts(tmp_path, rows_of(), f"{split}-00000-of-00001.csv")
+    check_refusal("give a file itself, as --data_dir .*train-00000-of-00001.csv$", texts_of, text_config(tmp_path))
+
+
+def test_truths_of_json_are_the_words_of_a_csv(tmp_path: Path) -> None:
+    write_texts(tmp_path, "text,label\n" + "".join(f"x {i},{i % 2 == 0}\n" for i in range(20)))
+    write_texts(tmp_path, '{"text": "y", "label": true}\n{"text": "z", "label": false}', "test.jsonl")
+    found = texts_of(text_config(tmp_path))
+    assert (found.label_names, found.splits["test"].labels.tolist()) == (["False", "True"], [1, 0])
+    write_texts(tmp_path, '{"text": "y", "label": 1}\n{"text": "z", "label": 0}', "test.jsonl")
+    check_refusal("but one is .: write them alike in all files", texts_of, text_config(tmp_path))
+
+
 def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None:
     write_texts(tmp_path, rows_of())
     config = write_texts(tmp_path, '{"text": "x", "label": 0}', "train.jsonl")

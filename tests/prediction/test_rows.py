@@ -119,6 +119,8 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
     ("a.csv", b"review\na\n", "--text_column text: must be a column of"),
     ("a.csv", b"review,label\nfine,1\n", "which has: review, label"),
     ("a.csv", b"text,label\nfine,1\n", "--text_column review", "review"),
+    ("a.json", b'[{"t": "a", "y": 1999}]', "row 0 (the first one is row 0) has no text: column y holds int", "t,y"),
+    ("a.csv", gzip.compress(b"text\nfine\n", mtime=0), "is packed: end its name in .gz"),
     ("a.parquet", b"PAR1 nonsense PAR1", "cannot be read"),
     ("a.csv.gz", b"text\nfine\n", "cannot be read: Not a gzipped file"),
     ("a.txt.gz", gzip.compress(b"fine\n" * 9, mtime=0)[:-3], "cannot be read: Compressed file ended"),
@@ -156,6 +158,9 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     pairs = given_texts(["a", "b"], ["c", " "])
     assert [list(rows.bad) for rows in pairs.rows(True)] == [[False, True]]
     assert "--text_pair: text 2 is empty" in refusal_of(list, pairs.rows())
+    (tmp_path / "a.csv").write_text("id,text,note\n1,,fine\n2, ,good\n")
+    said = refusal_of(surveyed, tmp_path / "a.csv", skip_bad=True)
+    assert said.endswith("a.csv: no row has a text in --text_column text: other columns are id, note")
 
 
 def test_the_columns_and_types_of_all_chunks(tmp_path: Path) -> None:

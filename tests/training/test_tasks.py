@@ -269,6 +269,8 @@ def test_labels_that_people_have_typed_differently_bring_advice() -> None:
     assert line.endswith(r"'caf\xe9' and 'cafe\u0301': spell them alike")
     (line,) = spelling_advice(["Bill ing", "account", "billing", "B", "b"])
     assert line.endswith("are different classes: 'Bill ing' and 'billing'; 'B' and 'b': spell them alike")
+    (line,) = spelling_advice(["1", "1.0", "01", "2", "2x", "nan", "n/a"])
+    assert "the form of a number are different classes: '1' and '1.0' and '01': spell" in line
 
 
 def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
