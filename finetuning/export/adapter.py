@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from finetuning.export.plain import plain_model, write_model, write_tokenizer
 from finetuning.export.proof import Loaded, against_predictions, fresh_answers, in_fresh_process
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
+from finetuning.models.pretrained import class_order
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
 from finetuning.runs.finished import FinishedRun
 from finetuning.settings import PACKAGED_MODELS, MethodSettings
@@ -29,11 +31,18 @@ def check_adapter(method: MethodSettings) -> None:
         raise UserError("--adapter: peft, which checks the adapter, is not installed: pip install peft")
 
 
-def writes_base(run: FinishedRun) -> bool:
-    """Whether nobody else can load the base model: a packaged one, or one whose weights training saw quantized."""
+def writes_base(run: FinishedRun, names: Sequence[str]) -> bool:
+    """Whether nobody else can load the base model as the run had it.
+
+    It is a packaged one, or training saw its weights quantized, or its head has the run's classes in another order.
+
+    Args:
+        names: of the classes of the base model's own head.
+    """
     config = run.config
     quantized = config.name == "qlora" or str(config.hardware.precision) == "int8"
-    return config.model.model_name in PACKAGED_MODELS or quantized
+    reordered = class_order(names, run.label_names) is not None
+    return config.model.model_name in PACKAGED_MODELS or quantized or reordered
 
 
 def recorded_base(loaded: Loaded) -> str:
@@ -60,7 +69,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> list[str]:
     """
     run, held, tokenizer, config = loaded.run.directory, loaded.held, loaded.tokenizer, loaded.run.config
     length, base, recorded = config.data.max_length, str(loaded.base.absolute()), recorded_base(loaded)
-    if writes_base(loaded.run):
+    if loaded.with_base:
         bare = without_adapter(loaded.classifier, held.pad_id)
         write_model(folder / BASE, bare, torch.float32, held.stored.rule)
         write_tokenizer(folder / BASE, tokenizer, length)

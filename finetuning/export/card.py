@@ -260,11 +260,15 @@ print(session.run(["logits"], inputs)[0].round(2))"""
 
 def adapter_snippet(name: str, base: str, label_names: Sequence[str], pairs: bool, threshold: float | None) -> str:
     """Code that uses an adapter's folder. Arguments as in ``pipeline_snippet``; ``base`` is the base model."""
+    kind = "single_label_classification" if threshold is None else "multi_label_classification"  # the base may differ
     return f"""from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 base = AutoModelForSequenceClassification.from_pretrained(
-    {_quoted(base)}, id2label={dict(enumerate(label_names))!r}, ignore_mismatched_sizes=True
+    {_quoted(base)},
+    id2label={dict(enumerate(label_names))!r},
+    problem_type={_quoted(kind)},
+    ignore_mismatched_sizes=True,
 )  # the adapter brings its own head
 model = PeftModel.from_pretrained(base, {_quoted(name)}).merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})

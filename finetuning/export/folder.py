@@ -22,7 +22,7 @@ from finetuning.export.card import adapter_snippet, onnx_snippet, pipeline_snipp
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_onnx, export_plain
 from finetuning.export.proof import HeldOut, Loaded, held_out
-from finetuning.models.base_model import BaseModel, load_tokenizer
+from finetuning.models.base_model import BaseModel, class_names, load_tokenizer
 from finetuning.models.classifier import Classifier
 from finetuning.runs.answers import Answers
 from finetuning.runs.files import read_text_hashes
@@ -53,7 +53,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         threshold = run.rule.threshold if run.rule.multi_label else None
         if adapter:
             found = export_adapter(folder, arguments.out, loaded)
-            base = f"{folder.name}/{BASE}" if writes_base(run) else recorded_base(loaded)
+            base = f"{folder.name}/{BASE}" if loaded.with_base else recorded_base(loaded)
             snippets = [adapter_snippet(folder.name, base, run.label_names, pairs, threshold)]
         else:
             alone = loaded.onnx_alone
@@ -68,7 +68,8 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
 def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Namespace) -> Loaded:
     """The run's tokenizer and classifier, and a sample of its held-out texts with the run's own answers."""
     base, config = base_of_run(run.directory, run.config, run.base_files), run.config
-    onnx_alone = check_pooling(run, base, arguments)
+    with_base = writes_base(run, class_names(base.config))
+    onnx_alone = check_pooling(run, base, arguments, with_base)
     if arguments.data_dir is not None:
         config = config.changed(data_dir=arguments.data_dir, data_source=None)
     tokenizer = load_tokenizer(base)
@@ -85,18 +86,18 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     hashes = read_text_hashes(run.directory)
     held = held_out(texts, tokens, answers, hashes, arguments.check_texts, pad_id, pooling)
     check_last_tokens(run, base, held, tokenizer)
-    unrounded = arguments.adapter and not writes_base(run)  # PEFT will load the base model's own weights
-    return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held, onnx_alone)
+    unrounded = arguments.adapter and not with_base  # PEFT will load the base model's own weights
+    return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held, onnx_alone, with_base)
 
 
-def check_pooling(run: FinishedRun, base: BaseModel, arguments: argparse.Namespace) -> bool:
+def check_pooling(run: FinishedRun, base: BaseModel, arguments: argparse.Namespace, with_base: bool) -> bool:
     """Whether only ONNX can compute what the run's head reads: Transformers' class for the model cannot.
 
     Raises:
         UserError: the flags ask for a folder that would compute something else.
     """
     pooling = base.other_pooling(run.config.model.pooling)
-    if pooling is None or (base.chooses_pooling and (writes_base(run) or not arguments.adapter)):
+    if pooling is None or (base.chooses_pooling and (with_base or not arguments.adapter)):
         return False
     has, kind = f"{run.directory}: has --pooling {pooling}, which", base.family.model_type
     if arguments.adapter:

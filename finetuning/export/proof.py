@@ -81,6 +81,7 @@ class Loaded:
     tokenizer: Any
     held: HeldOut  # the texts of the proof
     onnx_alone: bool = False  # whether Transformers' class cannot compute what the run does
+    with_base: bool = False  # whether the folder of its adapter also has the base model
 
 
 def held_out(

@@ -54,6 +54,12 @@ class Adapter:
         names: list[str] | None = self.result.get("data", {}).get("label_names")
         return names
 
+    @property
+    def quantized(self) -> str:
+        """In how many bits the run that wrote it held the frozen weights; empty if in floats, or if nobody knows."""
+        config = self.result.get("config", {})
+        return "4 bits" if config.get("q_lora") else "8 bits" if config.get("precision") == "int8" else ""
+
     def runs_on(self, data: DataSettings) -> "list[EarlierRun]":
         """The runs that have read the same data set, in whatever parts: its own, and those that this one continued.
 

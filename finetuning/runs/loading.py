@@ -88,12 +88,20 @@ def adopt_adapter(
     assert lora.init_adapter is not None
     family, flag = base.family, f"--init_adapter {lora.init_adapter}"
     adapter = read_fitting(lora.init_adapter, family)
-    if adapter.base is not None and Path(adapter.base).name != Path(base.name).name and not moved:
-        beside = adapter.folder / Path(adapter.base).name  # where an export has put it; its folder may have been moved
+    beside = (
+        adapter.folder / Path(adapter.base or "").name
+    )  # where an export has put it; its folder may have been moved
+    exported = adapter.base is not None and beside.is_dir() and beside.resolve() != base.folder.resolve()
+    other = adapter.base is not None and Path(adapter.base).name != Path(base.name).name
+    if (other or exported) and not moved:
         raise UserError(
             f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
-            f" {beside if beside.is_dir() else adapter.base}, or, if they are the same, change base_model_name_or_path"
-            f" in its {ADAPTER_CONFIG}"
+            f" {beside if exported else adapter.base}"
+            + (
+                ""
+                if exported
+                else f", or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
+            )
         )
     known = {_any_layer(name): part for part in (*family.targets, "head") for name in family.linear_names(part, 1)}
     others = [] if family.targets else encoder_linears(base.empty_classifier(), family)  # of a type without names

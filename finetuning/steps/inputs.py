@@ -30,6 +30,7 @@ from finetuning.steps.text_advice import (
     cut_advice,
     head_advice,
     known_texts_advice,
+    other_weights_advice,
     step_advice,
     takes_kfold,
 )  # fmt: skip
@@ -130,6 +131,8 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         check_adapter_and_folds(adapter, config.data)
         found |= decided
         advice += head_advice(other_classes(adapter, base, texts.label_names), config.training)
+        quantized = "4 bits" if config.name == "qlora" else "8 bits" if hardware.int8 else ""
+        advice += other_weights_advice(adapter, quantized)
     tokenizer = load_tokenizer(base)
     inputs = Inputs(
         config=config.changed(**found),

@@ -123,6 +123,24 @@ def head_advice(others: str, training: TrainingSettings) -> list[str]:
     ]
 
 
+def other_weights_advice(adapter: Adapter, quantized: str) -> list[str]:
+    """That the adapter was trained next to other weights than those of this run, one sentence; none if it was not.
+
+    PiSSA changes the weights before they are quantized, so the same bits are not the same weights.
+
+    Args:
+        quantized: in how many bits this run holds the frozen weights, as ``Adapter.quantized``.
+    """
+    before, pissa = adapter.quantized, adapter.result.get("config", {}).get("lora_variant") == "pissa"
+    if not before or (before == quantized and not pissa):
+        return []
+    what = "the adapter of --init_adapter was trained next to weights in"
+    return [
+        f"{what} {before}, which this run does not have, so its answers change: export that run with --adapter, and"
+        " give the folder, and base/ in it as --model_name"
+    ]
+
+
 def check_adapter_and_folds(adapter: Adapter, data: DataSettings) -> None:
     """Refuses folds of texts that the adapter was trained on."""
     if data.kfold is not None and adapter.runs_on(data):

@@ -71,10 +71,13 @@ def test_the_score_of_folds_is_the_one_to_report(same: Any, tuned: bool, said: s
 @pytest.mark.parametrize("name", PACKAGED_MODELS)
 def test_an_adapter_of_a_packaged_model_brings_the_model(name: str) -> None:
     def run(model_name: str) -> Any:
-        return SimpleNamespace(config=RunConfig.from_settings(model_name=model_name))
+        return SimpleNamespace(config=RunConfig.from_settings(model_name=model_name), label_names=["no", "yes"])
 
-    assert writes_base(run(name)), "PEFT cannot load it by this name"
-    assert not writes_base(run("distilbert-base-uncased"))
+    unnamed = ["LABEL_0", "LABEL_1"]
+    assert writes_base(run(name), unnamed), "PEFT cannot load it by this name"
+    assert not writes_base(run("distilbert-base-uncased"), unnamed)
+    assert not writes_base(run("distilbert-base-uncased"), ["no", "yes"])
+    assert writes_base(run("distilbert-base-uncased"), ["yes", "no"]), "whose rows would be taken in the other order"
     assert KNOWN_BASES[name][1] == "apache-2.0"
 
 

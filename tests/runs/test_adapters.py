@@ -23,7 +23,7 @@ from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.adapters import read_adapter
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result, write_settings
 from finetuning.runs.loading import other_classes
-from finetuning.steps.text_advice import head_advice
+from finetuning.steps.text_advice import head_advice, other_weights_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
 from tests.common import CORE, LAYERS, WIDTH, check_refusal, each_once, refusal_of, some
 from tests.runs.test_weights import ALL_BUT_HEAD, build, logits, logits_in_peft, trained
@@ -367,8 +367,27 @@ def test_an_export_that_was_moved_names_the_base_model_beside_it(bases: dict[str
     stored = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(stored | {"base_model_name_or_path": "/gone/base"}))
     (tmp_path / "base").mkdir()
-    line = f"made for the base model /gone/base, .*: give --model_name {tmp_path}/base, or"
+    line = f"made for the base model /gone/base, .*: give --model_name {tmp_path}/base$"
     check_refusal(line, adopted, bases["distilbert"], tmp_path)
+    another = shutil.copytree(bases["distilbert"], tmp_path / "other" / "base")
+    check_refusal(line, adopted, another, tmp_path)
+
+
+def test_an_adapter_that_was_trained_next_to_other_weights_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    made_by_peft(bases["distilbert"], tmp_path, "distilbert", r=4, lora_alpha=6)
+    adapter = read_adapter(tmp_path)
+
+    def told(quantized: str, **config: Any) -> list[str]:
+        return other_weights_advice(replace(adapter, result={"config": config}), quantized)
+
+    assert told("") == told("4 bits") == told("", precision="bf16") == told("4 bits", q_lora=True) == []
+    (sentence,) = told("", q_lora=True)
+    assert sentence.startswith(
+        "the adapter of --init_adapter was trained next to weights in 4 bits, which this run does"
+    )
+    assert "in 8 bits, which" in told("4 bits", precision="int8")[0]
+    assert told("4 bits", q_lora=True, lora_variant="pissa")
+    assert told("", lora_variant="pissa") == []
 
 
 def test_folders_without_a_safe_adapter_are_refused(tmp_path: Path) -> None:
