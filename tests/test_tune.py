@@ -312,7 +312,7 @@ def test_base_models_are_searched(
         ("--trials 1 --lora_rank 8", "unrecognized arguments: --lora_rank 8"),
         ("--trials 1 --seed 4294967295", "--seed 4294967295: must be at most 4284967295: the last runs take"),
         ("--trials 1 --kfold 5", "--kfold 5: a search has no cross-validation"),
-        ("--trials 1 --devices 2", "--devices, --num_nodes: a trial is one process"),
+        ("--trials 1 --devices 2", "--devices 2: must be 1, as a trial is one process"),
         ("--trials 1 --monitor micro_f1", "--monitor micro_f1: for a single-label task it must be one of accuracy"),
         ("--trials 1 --limit_validation 49", "tune: validation has 49 texts, and a search needs 50"),
         ("--trials 1 --data_dir nowhere", "--data_dir nowhere: no such file or folder"),

@@ -43,7 +43,7 @@ def _drawn(flag: str, values: Sequence[Any] | Mapping[str, float], generator: ra
     value = log_uniform(values["low"], values["high"], generator)
     if FLAGS[flag].kind is int:
         return round(value)
-    return float(f"{value:.3g}")  # so that a command stays readable
+    return min(max(float(f"{value:.3g}"), values["low"]), values["high"])  # rounded, so that a command stays readable
 
 
 def log_uniform(low: float, high: float, generator: random.Random) -> float:

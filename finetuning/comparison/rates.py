@@ -69,8 +69,10 @@ def rates_table(grid: Grid) -> Table:
         if len(flat) < max(LEAST_TRIALS, len(trials) + 1 + FITTED_CURVE) or any(run.monitor == "loss" for run in flat):
             continue  # a loss has other units
         failed = sum(not run.finished for found in grid.trials.values() for run in found.get(method, ()))
-        key = flat[0].get("config", "method"), flat[0].get("config", "optimizer")
-        default = DEFAULT_LEARNING_RATES[key]
+        kinds = {(run.get("config", "method"), run.get("config", "optimizer")) for run in flat}
+        if len(kinds) > 1:
+            continue  # the trials chose among methods, each with a default of its own
+        default = DEFAULT_LEARNING_RATES[kinds.pop()]
         fit = fitted(trials, default)
         if fit is None:  # too few different rates
             continue

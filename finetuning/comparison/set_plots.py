@@ -141,5 +141,6 @@ def texts_plot(grid: Grid) -> Plot | None:
 
 
 def _score(run: Run) -> float:
-    """The monitored score of a trial, in points; 0 if it failed."""
-    return 100 * (run.monitored or 0.0)
+    """The monitored score of a trial, in points; the lowest possible one if it failed."""
+    failed = -1.0 if run.monitor == "mcc" else 0.0
+    return 100 * (failed if run.monitored is None else run.monitored)

@@ -255,7 +255,8 @@ def checked_config(given: dict[str, Any]) -> RunConfig:
     if config.data.kfold is not None:
         raise UserError(f"--kfold {config.data.kfold}: a search has no cross-validation: leave it out")
     if config.hardware.processes > 1:
-        raise UserError("--devices, --num_nodes: a trial is one process: use --jobs N, or several workers")
+        several = [f"--{name} {n}" for name in ("devices", "num_nodes") if (n := getattr(config.hardware, name)) != 1]
+        raise UserError(f"{' '.join(several)}: must be 1, as a trial is one process: use --jobs N, or several workers")
     most = int(FLAGS["seed"].bounds["at most"]) - MOST
     if config.training.seed > most:
         raise UserError(f"--seed {config.training.seed}: must be at most {most}: the last runs take the next ones")

@@ -23,6 +23,7 @@ from finetuning.tuning.space import Space
 from finetuning.tuning.trials import COMPLETE, FAILED, Trial
 
 MOST_DRAWS = 100  # for a point whose flags go together
+REPEATS = 20  # draws for a point that no trial has had; a small space may have none left
 RANDOM_TRIALS = 10  # TPE begins with as many, the defaults of models and methods among them
 REDUCTION = 3  # successive halving: the best third of the trials that reach a rung goes on
 RUNGS_TO_DEFAULT = 3  # the first rung is at a third of the default's epochs; earlier, slow learners are lost
@@ -48,7 +49,7 @@ class Proposer:
         Raises:
             UserError: no point was found whose flags go together.
         """
-        first = self.space.first_points()
+        first, tried = self.space.first_points(), [trial.settings for trial in trials]
         if number < len(first):
             return first[number], None
         for draw in range(MOST_DRAWS):
@@ -57,12 +58,11 @@ class Proposer:
             trial = study.ask()
             point = self.space.drawn(partial(_suggested, trial))
             try:
-                self.space.settings(point)
+                if self.space.settings(point) not in tried or draw >= REPEATS:
+                    return point, trial.number
             except UserError as error:  # flags that each are allowed, but not together
                 refused = error
-                study.tell(trial, state=TrialState.FAIL)
-            else:
-                return point, trial.number
+            study.tell(trial, state=TrialState.FAIL)
         raise UserError(f"the space has hardly any flags that go together: narrow it, because {refused}")
 
     def _study(self, trials: Sequence[Trial]) -> optuna.Study:

@@ -111,6 +111,12 @@ def test_a_trial_without_epochs_says_nothing_about_rates(tmp_path: Path) -> None
     assert rates_table(grid_in(tmp_path)).rows == before
 
 
+def test_trials_that_chose_among_methods_have_no_single_default(tmp_path: Path) -> None:
+    grid = trials(tmp_path, 8)
+    grid.trials["one"]["lora"][0].record.result["config"]["method"] = "full"
+    assert rates_table(grid).rows == []
+
+
 def test_losses_are_not_taken_for_scores(tmp_path: Path) -> None:
     grid = trials(tmp_path, LEAST_TRIALS)
     assert rates_table(grid).rows

@@ -49,6 +49,17 @@ def test_a_point_whose_flags_do_not_go_together_is_drawn_again(tmp_path: Path) -
     assert found == {("sgd", 0.9), ("sgd", 0.0), ("sgd_nesterov", 0.9)}
 
 
+def test_settings_that_a_trial_has_had_are_drawn_again_while_others_are_left(tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text('replace = true\noptimizer = ["adam", "adamw", "sgd"]')
+    space = make_space({}, Facts(6, 32, (256,), 6), tmp_path / "space.toml")
+    for seed in range(3):
+        proposer, trials = Proposer(space, "random", seed, False), list[Trial]()
+        for number in range(4):
+            point, _ = proposer.propose(number, trials)
+            trials.append(Trial(number, point, space.settings(point), COMPLETE, 0.5, {1: 0.5}))
+        assert len({str(trial.settings) for trial in trials[:3]}) == 3, "then the space is used up"
+
+
 def test_tpe_learns_from_the_folders() -> None:
     def mean(sampler: str) -> float:
         runs = [scored(Proposer(SPACE, sampler, seed, False), 40)[25:] for seed in range(2)]
