@@ -116,6 +116,11 @@ class RunConfig:
         return "qlora" if self.lora is not None and self.lora.q_lora else self.method.method
 
     @property
+    def quantized(self) -> str:
+        """In how many bits the frozen weights are; empty if in floats."""
+        return quantized_bits(self.to_dict())
+
+    @property
     def takes_kfold(self) -> bool:
         """Whether ``--kfold`` could be given as well. An adapter may know the texts of a fold."""
         data, adapted = self.data, self.lora is not None and self.lora.init_adapter is not None
@@ -139,6 +144,11 @@ class RunConfig:
             for name in FLAGS
             if name not in NOT_PART_OF_THE_RUN and mine[name] != others[name]
         ]
+
+
+def quantized_bits(stored: Mapping[str, Any]) -> str:
+    """In how many bits a run with these settings held the frozen weights; empty if in floats, or if nobody knows."""
+    return "4 bits" if stored.get("q_lora") else "8 bits" if stored.get("precision") == "int8" else ""
 
 
 def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:

@@ -156,20 +156,19 @@ def test_an_adapter_proves_itself(run: Path, tmp_path: Path, capsys: Capture) ->
 @pytest.mark.usefixtures("in_this_process")
 def test_an_adapter_of_a_classifier_with_other_order_and_kind_of_classes(run: Path, tmp_path: Path) -> None:
     """The base model names the run's classes in another order, and a pipeline would take a sigmoid of its logits."""
-    other = tmp_path / "other"
+    other, data = tmp_path / "other", Path(read_json(run / SETTINGS)["data_dir"])
     assert main([str(run), str(other), "--check_texts", "5"]) == 0
     stored = read_json(other / "config.json")
     names = list(stored["id2label"].values())[::-1]
     more = {"id2label": dict(enumerate(names)), "problem_type": "multi_label_classification"}
     write_json(other / "config.json", stored | more | {"label2id": {name: i for i, name in enumerate(names)}})
-    mine = trained(tmp_path, Path(read_json(run / SETTINGS)["data_dir"]), other, "--epochs", "1", "--precision", "fp32")
+    mine = trained(tmp_path, data, other, "--epochs", "1", "--precision", "fp32")
     assert main([str(mine), str(tmp_path / "out"), "--adapter", "--check_texts", "20"]) == 0
     base = tmp_path / "out" / "base"
     assert list(read_json(base / "config.json")["id2label"].values()) == names[::-1]
     printed = re.findall(r"^\S+ (0\.\d+|1\.0)$", (tmp_path / "out" / "README.md").read_text(), flags=re.MULTILINE)
     assert sum(map(float, printed)) == pytest.approx(1, abs=0.002), "softmax"
     again = ["--init_adapter", str(base.parent), "--epochs", "0", "--precision", "fp32"]
-    data = Path(read_json(run / SETTINGS)["data_dir"])
     assert finetune_lora.main(flags(base, data, tmp_path / "again", *again)) == 0
     scores = [read_result(folder)["validation"]["loss"] for folder in (mine, tmp_path / "again")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from finetuning.data.texts import copied
+from finetuning.data.texts import contents_of
 
 MANY_CONTRADICTIONS = 0.1  # of the training texts
 MANY_WORDLESS = 0.5  # of the training texts
@@ -18,7 +18,7 @@ def contradictions(train: pd.DataFrame) -> list[str]:
     """A warning if many texts occur with several labels, as when one of two columns is missing; else empty."""
     if "labels" in train:
         return []
-    share = (train.groupby(copied(train)).label.transform("nunique") > 1).mean()
+    share = (train.groupby(contents_of(train)).label.transform("nunique") > 1).mean()
     if share < MANY_CONTRADICTIONS:
         return []
     way = "" if "pair" in train else ": --text_pair_column gives the second text, --text_column A,B joins two columns"
@@ -46,10 +46,10 @@ def respelled(splits: Mapping[str, pd.DataFrame]) -> list[str]:
     held out once, so two of them count as well.
     """
     train, others = splits["train"], [table for name, table in splits.items() if name != "train"]
-    looks, held_out = _looks(train), pd.concat(map(_looks, others))
+    looks, held_out = contents_of(train, _looks), contents_of(pd.concat(others), _looks)
     found = held_out.isin(looks)
     if "validation" not in splits:
-        found = pd.concat([found, copied(train).groupby(looks).transform("nunique") > 1])
+        found = pd.concat([found, contents_of(train).groupby(looks).transform("nunique") > 1])
     if found.mean() < MANY_RESPELLED:
         return []
     what = "held-out text is a training text" if found.sum() == 1 else "held-out texts are training texts"
@@ -61,7 +61,7 @@ def respelled(splits: Mapping[str, pd.DataFrame]) -> list[str]:
 
 def alike_groups(names: Sequence[str]) -> list[str]:
     """A warning if the names of different groups look alike; else empty."""
-    looks = pd.Series(names).map(_look)
+    looks = _looks(pd.Series(names))
     if not looks.duplicated().any():
         return []
     first = looks[looks.duplicated()].iloc[0]
@@ -72,9 +72,9 @@ def alike_groups(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _looks(table: pd.DataFrame) -> pd.Series:
-    """What a reader takes for the text, or for both texts of a pair."""
-    return copied(table).map(_look)
+def _looks(texts: pd.Series) -> pd.Series:
+    """What a reader takes for the texts."""
+    return texts.map(_look)
 
 
 def _look(text: str) -> str:

@@ -18,7 +18,7 @@ from finetuning.data.labels import (
     misspelled,
     rarest_labels,
 )
-from finetuning.data.texts import LabelledTexts, Source, copied
+from finetuning.data.texts import LabelledTexts, Source, contents_of
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError, counted
 from finetuning.settings import DataSettings
@@ -219,7 +219,7 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
         UserError: a label of validation or test does not appear in train.
     """
     held_out = pd.concat([table for name, table in splits.items() if name != "train"])
-    leaks, grouped = copied(splits["train"]).isin(copied(held_out)), _shares_group(splits["train"], held_out)
+    leaks, grouped = contents_of(splits["train"]).isin(contents_of(held_out)), _shares_group(splits["train"], held_out)
     train = splits["train"][~leaks & ~grouped]
     kept, dropped, more = splits | {"train": train}, int(leaks.sum()), int((grouped & ~leaks).sum())
     notes = [f"removed {more} more training texts whose group is in another split"] if more else []
@@ -262,7 +262,7 @@ def with_unseen_test(splits: dict[str, pd.DataFrame], given: bool) -> tuple[dict
     if "validation" not in splits:
         return splits, []
     validation, test = splits["validation"], splits["test"]
-    seen = copied(validation).isin(copied(test)) | _shares_group(validation, test)
+    seen = contents_of(validation).isin(contents_of(test)) | _shares_group(validation, test)
     if not seen.any():
         return splits, []
     appear = "also appear in, or share a group with, test" if "group" in test else "also appear in test"

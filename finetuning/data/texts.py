@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,14 @@ class Source:
     found: dict[str, Any] = field(default_factory=dict)  # settings that the reader found: text_column, label_column
 
 
-def copied(table: pd.DataFrame) -> pd.Series:
-    """What is the same in copies: the text, or both texts of a pair, without the spaces around."""
-    text = table.text.str.strip()
-    return text if "pair" not in table else text + "\0" + table.pair.str.strip()
+def _stripped(texts: pd.Series) -> pd.Series:
+    return texts.str.strip()
+
+
+def contents_of(table: pd.DataFrame, seen: Callable[[pd.Series], pd.Series] = _stripped) -> pd.Series:
+    """What is the same in copies: the text, or both texts of a pair, as ``seen``: by default without spaces around."""
+    text = seen(table.text)
+    return text if "pair" not in table else text + "\0" + seen(table.pair)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class LabelledTexts:
     def contents(self) -> np.ndarray:
         """A number for each text or pair, (n,), the same for copies. All folds ask for it."""
         texts = {"text": self.texts} if self.pairs is None else {"text": self.texts, "pair": self.pairs}
-        return pd.factorize(copied(pd.DataFrame(texts, dtype=object)))[0]
+        return pd.factorize(contents_of(pd.DataFrame(texts, dtype=object)))[0]
 
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]

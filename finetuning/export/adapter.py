@@ -39,10 +39,8 @@ def writes_base(run: FinishedRun, names: Sequence[str]) -> bool:
     Args:
         names: of the classes of the base model's own head.
     """
-    config = run.config
-    quantized = config.name == "qlora" or str(config.hardware.precision) == "int8"
     reordered = class_order(names, run.label_names) is not None
-    return config.model.model_name in PACKAGED_MODELS or quantized or reordered
+    return run.config.model.model_name in PACKAGED_MODELS or bool(run.config.quantized) or reordered
 
 
 def recorded_base(loaded: Loaded) -> str:

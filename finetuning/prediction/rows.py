@@ -233,8 +233,9 @@ def survey(source: Source, skip_bad: bool, typed: bool, done: Callable[[int], ob
         raise UserError(f"{source.flag}: contains no text")
     if source.header and bad == count:  # most often another column is meant
         given = " and ".join(f"--{name}_column {column}" for name, column in source.columns.items())
-        others = [name for name in columns if name not in source.columns.values()]
-        raise UserError(f"{source.flag}: no row has a text in {given}: other columns are {listed(others) or 'none'}")
+        read = {part for column in source.columns.values() for part in text_columns(column, columns)}
+        others = listed(name for name in columns if name not in read)
+        raise UserError(f"{source.flag}: no row has a text in {given}: other columns are {others}")
     return Survey(count, bad, list(columns), schema if typed else None)
 
 

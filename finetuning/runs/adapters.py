@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from finetuning.config import quantized_bits
 from finetuning.errors import UserError, as_user_error, first_line, listed
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_origin, read_result
 from finetuning.settings import CUTTING, DataSettings, recorded_name
@@ -57,8 +58,7 @@ class Adapter:
     @property
     def quantized(self) -> str:
         """In how many bits the run that wrote it held the frozen weights; empty if in floats, or if nobody knows."""
-        config = self.result.get("config", {})
-        return "4 bits" if config.get("q_lora") else "8 bits" if config.get("precision") == "int8" else ""
+        return quantized_bits(self.result.get("config", {}))
 
     def runs_on(self, data: DataSettings) -> "list[EarlierRun]":
         """The runs that have read the same data set, in whatever parts: its own, and those that this one continued.

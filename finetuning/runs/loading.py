@@ -88,21 +88,8 @@ def adopt_adapter(
     assert lora.init_adapter is not None
     family, flag = base.family, f"--init_adapter {lora.init_adapter}"
     adapter = read_fitting(lora.init_adapter, family)
-    beside = (
-        adapter.folder / Path(adapter.base or "").name
-    )  # where an export has put it; its folder may have been moved
-    exported = adapter.base is not None and beside.is_dir() and beside.resolve() != base.folder.resolve()
-    other = adapter.base is not None and Path(adapter.base).name != Path(base.name).name
-    if (other or exported) and not moved:
-        raise UserError(
-            f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
-            f" {beside if exported else adapter.base}"
-            + (
-                ""
-                if exported
-                else f", or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
-            )
-        )
+    if not moved:
+        _check_base(adapter, base, flag)
     known = {_any_layer(name): part for part in (*family.targets, "head") for name in family.linear_names(part, 1)}
     others = [] if family.targets else encoder_linears(base.empty_classifier(), family)  # of a type without names
     unknown = [name for name in adapter.linears if _any_layer(name) not in known and name not in others]
@@ -126,6 +113,19 @@ def adopt_adapter(
         raise UserError(f"--lora_variant {lora.lora_variant}: {has}: leave out this flag")
     layers = _adapted_layers(lora, adapter, base)
     return values | {"lora_variant": adapter.variant, "lora_layers": layers}, adapter
+
+
+def _check_base(adapter: Adapter, base: BaseModel, flag: str) -> None:
+    """Refuses another base model: by its name, or by its folder if an export has put one beside the adapter."""
+    if adapter.base is None:
+        return
+    made_for = f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
+    beside = adapter.folder / Path(adapter.base).name  # its folder may have been moved
+    if beside.is_dir() and beside.resolve() != base.folder.resolve():
+        raise UserError(f"{made_for} {beside}")
+    if Path(adapter.base).name != Path(base.name).name:
+        same = f"if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
+        raise UserError(f"{made_for} {adapter.base}, or, {same}")
 
 
 def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> str | None:

@@ -131,8 +131,6 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         check_adapter_and_folds(adapter, config.data)
         found |= decided
         advice += head_advice(other_classes(adapter, base, texts.label_names), config.training)
-        quantized = "4 bits" if config.name == "qlora" else "8 bits" if hardware.int8 else ""
-        advice += other_weights_advice(adapter, quantized)
     tokenizer = load_tokenizer(base)
     inputs = Inputs(
         config=config.changed(**found),
@@ -152,6 +150,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)
     if adapter is not None:
+        advice += other_weights_advice(adapter, inputs.config.quantized)
         advice += known_texts_advice(adapter, config.data, data_hashes(texts, splits))
     inputs = dataclasses.replace(inputs, splits=splits)
     training = inputs.config.training
