@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import sys
-import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -117,12 +116,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def listed(names: Iterable[object], most: int | None = None) -> str:
-    """Names in one line. Long names are shortened, because the first line of a file without a header can be a text.
+    """Names in one line. Long names lose their middle, because the first line of a file without a header can be a text.
 
     Args:
         most: how many are shown; ``None``: all.
     """
-    shown = [textwrap.shorten(str(name), 40, placeholder="...") for name in names]
+    words = [" ".join(str(name).split()) for name in names]
+    shown = [name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}" for name in words]
     more = [f"{len(shown) - most:,} more"] if most is not None and len(shown) > most else []
     return ", ".join([*shown[:most], *more]) or "none"
 

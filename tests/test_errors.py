@@ -12,7 +12,7 @@ from contextlib import closing, redirect_stdout
 import pyarrow as pa
 import pytest
 
-from finetuning.errors import ExportFailed, OutputFailed, Unheard, UserError, exit_status, say
+from finetuning.errors import ExportFailed, OutputFailed, Unheard, UserError, exit_status, listed, say
 from tests.common import ROOT
 
 
@@ -138,3 +138,10 @@ def test_a_text_that_nobody_reads_stops_no_run() -> None:
     with os.fdopen(writer, "w") as stream:
         for _ in range(2):
             say("a line", stream)
+
+
+def test_a_list_shows_both_ends_of_a_long_name() -> None:
+    """Names of runs differ at their end, with their seed."""
+    run = "twitter_financial_news-250-lora-pooling-first-data_seed4-seed0"
+    assert listed([run, "a\n b", "c"], most=2) == "twitter_financial_...st-data_seed4-seed0, a b, 1 more"
+    assert listed([]) == "none"
