@@ -6,6 +6,8 @@ one is known from the same test texts, so a part of the regret is chance.
 
 Two more rows are not choices of a method: the default command, now and before, from ``studies/placement.toml``. It is
 not tuned, and can be better than all methods of the study.
+
+A second table judges the same rules on the sets of ``studies/some_classes.toml``, on which none of them was chosen.
 """
 
 import math
@@ -29,6 +31,8 @@ COLUMNS = (
 NEIGHBOURS = (1, 3)
 DEFAULT = "the default command"
 DEFAULTS = {"all": DEFAULT, "query-value": "the default before: query and value"}  # rows of the study "placement"
+UNSEEN = "some_classes"  # a study over sets that no rule has seen
+THERE = {"lora-all": "lora", "full": "full", "head-mean": "head-mean"}  # method -> its row in that study
 Scores = Mapping[str, Mapping[str, float]]  # data set -> method -> score in %
 Chooser = Callable[[str, Scores], str]  # a data set, and the test scores of the others
 
@@ -66,28 +70,38 @@ def nearest(points: Mapping[str, Sequence[float]], count: int) -> Chooser:
     return choose
 
 
-def choosers(grid: Grid, methods: Sequence[str]) -> dict[str, Chooser]:
-    """Every way to choose one of these methods, by its name in the table."""
-    points = {name: [math.log(each) for each in size_of(grid, name)] for name in grid.runs}
-    trials = {
-        name: {method: max(run.monitored or 0.0 for run in runs) for method, runs in found.items()}
-        for name, found in grid.trials.items()
-    }
+def choosers(methods: Sequence[str], *grids: Grid) -> dict[str, Chooser]:
+    """Every way to choose one of these methods before training, by its name in the table.
+
+    Args:
+        grids: the studies whose data sets are described.
+    """
+    points = {name: [math.log(each) for each in size_of(grid, name)] for grid in grids for name in grid.runs}
     found = {f"always {method}": always(method) for method in methods}
     found["best on the other sets"] = lambda _name, others: best_of(list(others), others)
     for count in NEIGHBOURS:
         found["nearest set" if count == 1 else f"{count} nearest sets"] = nearest(points, count)
-    found["validation, after all trials of all methods"] = lambda name, others: max(
-        next(iter(others.values())), key=lambda method: trials[name][method]
-    )
     return found
 
 
-def regrets(scores: Scores, choose: Chooser) -> list[float]:
-    """What the choice for each set loses to its best method; the choice does not see the set's own scores."""
+def after_trials(grid: Grid) -> Chooser:
+    """Chooses the method whose best trial has the highest score on validation."""
+    trials = {
+        name: {method: max(run.monitored or 0.0 for run in runs) for method, runs in found.items()}
+        for name, found in grid.trials.items()
+    }
+    return lambda name, others: max(next(iter(others.values())), key=lambda method: trials[name][method])
+
+
+def regrets(scores: Scores, choose: Chooser, known: Scores | None = None) -> list[float]:
+    """What the choice for each set loses to its best method; the choice does not see the set's own scores.
+
+    Args:
+        known: what it sees; ``None``: the other sets.
+    """
     losses = []
     for name, own in scores.items():
-        others = {other: found for other, found in scores.items() if other != name}
+        others = known or {other: found for other, found in scores.items() if other != name}
         losses.append(max(own.values()) - own[choose(name, others)])
     return losses
 
@@ -120,20 +134,42 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
     if len(sets) <= LEAST_SETS:
         raise UserError(f"{STUDY}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
     scores = {name: {method: fmean(grid.accuracies(name, method)) for method in methods} for name in sets}
-    found = {chosen: regrets(scores, choose) for chosen, choose in choosers(grid, methods).items()}
+    ways = choosers(methods, grid) | {"validation, after all trials of all methods": after_trials(grid)}
+    found = {chosen: regrets(scores, choose) for chosen, choose in ways.items()}
     for shown, own in defaults.items():
         if own.keys() >= set(sets):
             found[shown] = [max(scores[name].values()) - own[name] for name in sets]
     everywhere = {f"always {method}": gain_everywhere(grid, method, defaults.get(DEFAULT, {})) for method in methods}
+    rows = [(*row, everywhere.get(row[0], "")) for row in rows_of(found, DEFAULT)]
+    return Table(COLUMNS, rows).without_empty_columns()
+
+
+def unseen_table(grid: Grid, unseen: Grid) -> Table:
+    """A row for each way to choose by the sets of ``grid``, for the sets of ``unseen``, among the methods of both.
+
+    There LoRA on all linears has the default settings: it is the default command.
+    """
+    seen = {name: {method: fmean(grid.accuracies(name, method)) for method in THERE} for name in grid.shared([*THERE])}
+    sets = unseen.shared(list(THERE.values()))
+    scores = {name: {method: fmean(unseen.accuracies(name, row)) for method, row in THERE.items()} for name in sets}
+    found = {
+        chosen.replace("other", "fourteen"): regrets(scores, choose, seen)
+        for chosen, choose in choosers([*THERE], grid, unseen).items()
+    }
+    return Table(COLUMNS[:-1], rows_of(found, "always lora-all"))
+
+
+def rows_of(found: Mapping[str, Sequence[float]], default: str) -> list[tuple[str, ...]]:
+    """A row for each way to choose with its regrets, next to one of them, if it is there."""
     rows = []
     for chosen, losses in found.items():
         low, high = interval_over_sets(losses)
         near = sum(loss <= 1 for loss in losses)
         mean = f"{fmean(losses):.2f} ({low:.2f} to {high:.2f})"
-        gains = [a - b for a, b in zip(found.get(DEFAULT, losses), losses, strict=True)]
-        gain = "" if chosen == DEFAULT or DEFAULT not in found else difference_cell(gains, 2)
-        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(sets)}", gain, everywhere.get(chosen, "")))
-    return Table(COLUMNS, rows).without_empty_columns()
+        gains = [a - b for a, b in zip(found.get(default, losses), losses, strict=True)]
+        gain = "" if chosen == default or default not in found else difference_cell(gains, 2)
+        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(losses)}", gain))
+    return rows
 
 
 def gain_everywhere(grid: Grid, method: str, default: Mapping[str, float]) -> str:
@@ -153,19 +189,22 @@ def collected(study: str) -> Grid:
     return grid
 
 
-def section() -> str:
-    """The table of the collected runs, as docs/data_sets.md has it."""
-    grid = collected(STUDY)
-    return dated(table(grid, default_scores(grid, collected("placement"))), grid.environments())
+def sections() -> dict[str, str]:
+    """The tables of the collected runs, as docs/data_sets.md has them, by name."""
+    grid, unseen = collected(STUDY), collected(UNSEEN)
+    return {
+        "recommend": dated(table(grid, default_scores(grid, collected("placement"))), grid.environments()),
+        "recommend_unseen": dated(unseen_table(grid, unseen), unseen.environments()),
+    }
 
 
 @harness.as_main
 def main(argv: Sequence[str] | None) -> int:
-    """Renews the table of docs/data_sets.md. Returns the exit status."""
+    """Renews the tables of docs/data_sets.md. Returns the exit status."""
     harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
-    text = section()
-    print(text)
-    renew_tables(DATA_SETS, {"recommend": text})
+    found = sections()
+    print("\n\n".join(found.values()))
+    renew_tables(DATA_SETS, found)
     return 0
 
 

@@ -73,6 +73,28 @@ def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> No
     assert rows["always a"][-1].endswith(", 3 sets"), "the method's gain over it needs only the sets of both"
 
 
-def test_the_page_has_the_table_of_the_collected_runs() -> None:
-    table = recommend.section().partition("\n\n")[0]  # what else it says tells when the runs were made
-    assert table in (ROOT / "docs" / "data_sets.md").read_text(encoding="utf8"), "python -m benchmarks.recommend"
+def test_sets_that_nobody_chose_on_are_chosen_for_by_the_other_study(tmp_path: Path) -> None:
+    def methods(lora: int, full: int, head: int, names: tuple[str, ...]) -> dict[str, tuple[int, float]]:
+        return dict(zip(names, ((lora, 0.0), (full, 0.0), (head, 0.0)), strict=True))
+
+    seen, there = ("lora-all", "full", "head-mean"), ("lora", "full", "head-mean")
+    few, many = (900, 800, 700), (500, 400, 600)  # with few classes LoRA is best, with many the head
+    old = {name: (count, methods(*(few if count < 9 else many), seen)) for name, (count, _) in SETS.items()}
+    new = {
+        "new1": (3, methods(800, 810, 700, there)),
+        "new2": (95, methods(500, 510, 480, there)),
+        "new3": (2, methods(910, 900, 800, there)),
+    }
+    rows = recommend.unseen_table(grid(tmp_path / "old", old), grid(tmp_path / "new", new)).rows
+    found = {row[0]: row[1:] for row in rows}
+    assert found["always lora-all"] == ("0.67 (-0.77 to 2.10)", "1.00", "3 of 3", "")
+    assert found["always full"][1:3] == ("1.00", "3 of 3")
+    assert found["nearest set"][1:3] == ("3.00", "2 of 3"), "the head for 95 classes, LoRA for 2 and 3"
+    assert found["nearest set"][3].startswith("-0.67 ("), "two points less on one of three"
+
+
+def test_the_page_has_the_tables_of_the_collected_runs() -> None:
+    page = (ROOT / "docs" / "data_sets.md").read_text(encoding="utf8")
+    for text in recommend.sections().values():
+        table = text.partition("\n\n")[0]  # what else it says tells when the runs were made
+        assert table in page, "python -m benchmarks.recommend"
