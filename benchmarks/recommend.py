@@ -152,14 +152,11 @@ def unseen_table(grid: Grid, unseen: Grid) -> Table:
     seen = {name: {method: fmean(grid.accuracies(name, method)) for method in THERE} for name in grid.shared([*THERE])}
     sets = unseen.shared(list(THERE.values()))
     scores = {name: {method: fmean(unseen.accuracies(name, row)) for method, row in THERE.items()} for name in sets}
-    found = {
-        chosen.replace("other", "fourteen"): regrets(scores, choose, seen)
-        for chosen, choose in choosers([*THERE], grid, unseen).items()
-    }
+    found = {chosen: regrets(scores, choose, seen) for chosen, choose in choosers([*THERE], grid, unseen).items()}
     return Table(COLUMNS[:-1], rows_of(found, "always lora-all"))
 
 
-def rows_of(found: Mapping[str, Sequence[float]], default: str) -> list[tuple[str, ...]]:
+def rows_of(found: Mapping[str, Sequence[float]], default: str) -> Sequence[tuple[str, ...]]:
     """A row for each way to choose with its regrets, next to one of them, if it is there."""
     rows = []
     for chosen, losses in found.items():
