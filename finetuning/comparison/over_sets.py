@@ -14,6 +14,7 @@ from finetuning.errors import counted
 from finetuning.pages import Table
 
 LEAST_SETS = 3
+MOST_BESIDE = 6  # sets in one table
 ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
     "Mean and standard deviation over seeds and draws of the training texts. The heading of the first column says how"
@@ -107,11 +108,14 @@ def grid_of(study: Study) -> Grid | None:
 
 def over_sets(grid: Grid) -> list[Table]:
     """Test accuracies by set, each pair of methods over the sets, and costs; the report leaves out empty tables."""
-    return [sets_table(grid), pairs_table(grid), costs_table(grid)]
+    return [*sets_tables(grid), pairs_table(grid), costs_table(grid)]
 
 
-def sets_table(grid: Grid) -> Table:
-    """A row for each set, and the mean over the sets that all methods have; a row for each method if they are more."""
+def sets_tables(grid: Grid) -> list[Table]:
+    """A row for each set, and the mean over the sets that all methods have; a row for each method if they are more.
+
+    Many sets beside each other are too wide for a page, so they are split over several tables.
+    """
     methods = grid.methods
     numbers = Counter(len(runs) for own in grid.runs.values() for runs in own.values())
     usual = numbers.most_common(1)[0][0]
@@ -120,15 +124,21 @@ def sets_table(grid: Grid) -> Table:
     def cell(name: str, method: str) -> str:
         return score_cell(grid.accuracies(name, method), usual)
 
-    if len(methods) > len(grid.runs):
-        by_method = [(method, *(cell(name, method) for name in grid.runs)) for method in methods]
-        return Table((f"method {noted}", *(f"{name}, %" for name in grid.runs)), by_method)
+    sets = list(grid.runs)
+    if len(methods) > len(sets):
+        return [
+            Table(
+                (f"method {noted}", *(f"{name}, %" for name in names)),
+                [(method, *(cell(name, method) for name in names)) for method in methods],
+            )
+            for names in (sets[start : start + MOST_BESIDE] for start in range(0, len(sets), MOST_BESIDE))
+        ]
     rows = [(name, *(cell(name, method) for method in methods)) for name in grid.runs]
     shared = grid.shared(methods)
     if len(shared) > 1:
         means = (f"{fmean(grid.means(method, shared)):.2f}" for method in methods)
         rows.append((f"mean of {len(shared)} sets", *means))
-    return Table((f"data set {noted}", *(f"{method}, %" for method in methods)), rows)
+    return [Table((f"data set {noted}", *(f"{method}, %" for method in methods)), rows)]
 
 
 @dataclass(frozen=True)

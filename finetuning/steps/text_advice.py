@@ -174,13 +174,13 @@ def pooling_advice(texts: int, method: str, lora: LoRASettings | None, tried: bo
     export = "; then the classifier can be exported as ONNX only"
     if method == "head":
         return [
-            "the head alone reads the first token: with MiniLM, --pooling mean was better on every data set that was"
-            f" tried{export}"
+            "the head alone reads the first token: with MiniLM, --pooling mean was better on nearly every data set that"
+            f" was tried{export}"
         ]
     new = lora is not None and lora.init_adapter is None  # an adapter has its pooling
     if tried and new and texts <= FEW_FOR_MEAN:
         return [
-            f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on four of five data"
+            f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on nine of ten data"
             f" sets{export}"
         ]
     return []

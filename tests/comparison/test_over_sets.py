@@ -61,6 +61,16 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     ]
 
 
+def test_many_methods_on_many_sets_are_split_over_tables(tmp_path: Path) -> None:
+    sets = [f"set{i}" for i in range(7)]
+    scores = {name: {f"m{j}": (900 + 10 * i + j,) for j in range(8)} for i, name in enumerate(sets)}
+    first, second, _ = tables_of(results(tmp_path, scores))
+    assert first.columns[1:] + second.columns[1:] == tuple(f"{name}, %" for name in sets)
+    assert first.columns[0] == second.columns[0] == "method (1 run unless noted)"
+    assert len(first.columns) == 7
+    assert second.rows[3] == ("m3", "96.30")
+
+
 def test_draws_of_a_row_with_an_axis_of_its_own_are_one_method(tmp_path: Path) -> None:
     runs = [
         made_run(tmp_path, "s", f"a-data_seed{draw}-lora_r{rank}", data_set=name, correct=np.arange(1000) < 900)
