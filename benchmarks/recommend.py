@@ -93,6 +93,16 @@ def after_trials(grid: Grid) -> Chooser:
     return lambda name, others: max(next(iter(others.values())), key=lambda method: trials[name][method])
 
 
+def scores_of(grid: Grid, rows: Mapping[str, str]) -> Scores:
+    """The scores on the sets that all these methods have.
+
+    Args:
+        rows: method -> its row in the study.
+    """
+    sets = grid.shared(list(rows.values()))
+    return {name: {method: fmean(grid.accuracies(name, row)) for method, row in rows.items()} for name in sets}
+
+
 def regrets(scores: Scores, choose: Chooser, known: Scores | None = None) -> list[float]:
     """What the choice for each set loses to its best method; the choice does not see the set's own scores.
 
@@ -101,7 +111,7 @@ def regrets(scores: Scores, choose: Chooser, known: Scores | None = None) -> lis
     """
     losses = []
     for name, own in scores.items():
-        others = known or {other: found for other, found in scores.items() if other != name}
+        others = {other: found for other, found in scores.items() if other != name} if known is None else known
         losses.append(max(own.values()) - own[choose(name, others)])
     return losses
 
@@ -133,7 +143,7 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
     sets = grid.shared(methods)
     if len(sets) <= LEAST_SETS:
         raise UserError(f"{STUDY}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
-    scores = {name: {method: fmean(grid.accuracies(name, method)) for method in methods} for name in sets}
+    scores = scores_of(grid, {method: method for method in methods})
     ways = choosers(methods, grid) | {"validation, after all trials of all methods": after_trials(grid)}
     found = {chosen: regrets(scores, choose) for chosen, choose in ways.items()}
     for shown, own in defaults.items():
@@ -149,9 +159,7 @@ def unseen_table(grid: Grid, unseen: Grid) -> Table:
 
     There LoRA on all linears has the default settings: it is the default command.
     """
-    seen = {name: {method: fmean(grid.accuracies(name, method)) for method in THERE} for name in grid.shared([*THERE])}
-    sets = unseen.shared(list(THERE.values()))
-    scores = {name: {method: fmean(unseen.accuracies(name, row)) for method, row in THERE.items()} for name in sets}
+    seen, scores = scores_of(grid, {method: method for method in THERE}), scores_of(unseen, THERE)
     found = {chosen: regrets(scores, choose, seen) for chosen, choose in choosers([*THERE], grid, unseen).items()}
     return Table(COLUMNS[:-1], rows_of(found, "always lora-all"))
 

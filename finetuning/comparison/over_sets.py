@@ -133,7 +133,7 @@ def sets_tables(grid: Grid) -> list[Table]:
             )
             for names in (sets[start : start + MOST_BESIDE] for start in range(0, len(sets), MOST_BESIDE))
         ]
-    rows = [(name, *(cell(name, method) for method in methods)) for name in grid.runs]
+    rows = [(name, *(cell(name, method) for method in methods)) for name in sets]
     shared = grid.shared(methods)
     if len(shared) > 1:
         means = (f"{fmean(grid.means(method, shared)):.2f}" for method in methods)
