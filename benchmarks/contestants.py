@@ -232,7 +232,7 @@ class Peft(Contestant):
         self.on_cpu = job.accelerator == "cpu"
         self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
         family = read_base_model(job.model, folder / job.model).family
-        options: dict[str, Any] = no_dropout(family) | {"attn_implementation": job.attention} if tuned else {}
+        options = no_dropout(family) | {"attn_implementation": job.attention} if tuned else {}
         if q_lora:
             options |= {"quantization_config": self.four_bits(family), "device_map": {"": "cpu" if self.on_cpu else 0}}
         narrow = self.bf16 and tuned and job.frozen == "bf16"

@@ -21,7 +21,7 @@ def linear_names(family: ModelFamily, parts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def no_dropout(family: ModelFamily) -> dict[str, float]:
+def no_dropout(family: ModelFamily) -> dict[str, Any]:
     """The settings of the model's config that turn off its dropout."""
     names = [family.settings.get(name) for name in ("dropout", "attention_dropout", "head_dropout")]
     return dict.fromkeys([name for name in (*names, *family.more_dropouts) if name], 0.0)

@@ -100,7 +100,7 @@ def scores_of(grid: Grid, rows: Mapping[str, str]) -> Scores:
         rows: method -> its row in the study.
     """
     sets = grid.shared(list(rows.values()))
-    return {name: {method: fmean(grid.accuracies(name, row)) for method, row in rows.items()} for name in sets}
+    return {name: {method: fmean(grid.scores(name, row)) for method, row in rows.items()} for name in sets}
 
 
 def regrets(scores: Scores, choose: Chooser, known: Scores | None = None) -> list[float]:
@@ -118,7 +118,7 @@ def regrets(scores: Scores, choose: Chooser, known: Scores | None = None) -> lis
 
 def default_accuracies(defaults: Grid, method: str = "all") -> dict[str, float]:
     """Data set -> mean test accuracy in % of a row of ``studies/placement.toml``: by default the default command."""
-    return {name: fmean(found) for name in defaults.runs if (found := defaults.accuracies(name, method))}
+    return {name: fmean(found) for name in defaults.runs if (found := defaults.scores(name, method))}
 
 
 def default_scores(grid: Grid, defaults: Grid) -> dict[str, dict[str, float]]:

@@ -178,7 +178,7 @@ def few_texts_table(result: Record, runs: Grid) -> str:
         sets = {cell.set: size_of(runs, cell.set)[1] for cell in found if cell.texts == texts}
         scores = {
             name: [draws(found, name, texts, kind) for kind in (NAME, FROZEN)]
-            + [runs.accuracies(name, f"{texts}-{method}") for method in WITH_FEW_TEXTS.values()]
+            + [runs.scores(name, f"{texts}-{method}") for method in WITH_FEW_TEXTS.values()]
             for name in sorted(sets, key=lambda name: (sets[name], name))
         }
         rows += [(name, str(sets[name]), str(texts), *map(score_cell, own)) for name, own in scores.items()]
@@ -254,7 +254,7 @@ def crossing_table(few: Record, pooled: Record, runs: Grid, whole: Record, defau
         found.setdefault(name, {})[texts] = fmean(own[AUTO]) - fmean(own[FROZEN])
     cells = by_cell(pooled)
     for name, texts in {(cell.set, cell.texts) for cell in cells}:
-        if ours := runs.accuracies(name, f"{texts}-{WITH_FEW_TEXTS['default']}"):
+        if ours := runs.scores(name, f"{texts}-{WITH_FEW_TEXTS['default']}"):
             found.setdefault(name, {})[texts] = fmean(ours) - fmean(draws(cells, name, texts, FROZEN))
     all_texts = default_accuracies(default)
     for record in whole["measurements"]:
