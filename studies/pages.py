@@ -45,7 +45,7 @@ def page_tables(studies: "Sequence[Study]", compared: "Compared", links: Collect
         compared: the pairs of each study's rows.
         links: ways from pages to the results folder, for links to each study's full table.
     """
-    from studies import decisions, evidence, unequal
+    from studies import decisions, evidence, rare_classes, unequal
 
     by_name = {study.name: study for study in studies}
     tables = {
@@ -53,6 +53,7 @@ def page_tables(studies: "Sequence[Study]", compared: "Compared", links: Collect
         DEFAULTS: defaults_table(),
         decisions.NAME: decisions.decisions_table(by_name),
         unequal.NAME: unequal.unequal_table(by_name),
+        rare_classes.NAME: rare_classes.rare_classes_tables(by_name),
     }
     return {link: evidence.evidence_tables(by_name, compared, link) | tables for link in links}
 

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -38,6 +38,11 @@ DRAW = re.compile(r"-data_seed\d+(?=-|$)")
 Found = dict[str, dict[str, list[Run]]]  # set -> method -> runs
 
 
+def accuracy_on_test(run: Run) -> float | None:
+    """The score by which methods are compared if nothing else is said."""
+    return run.accuracy("test")
+
+
 @dataclass(frozen=True)
 class Grid:
     """The runs of a study by set and method."""
@@ -46,6 +51,7 @@ class Grid:
     # those that chose settings. One that failed is a trial as well: without it, a method that often fails would look as
     # good as one that never does.
     trials: Found
+    score: Callable[[Run], float | None] = accuracy_on_test  # of a tested run, 0 to 1
 
     @property
     def methods(self) -> list[str]:
@@ -55,9 +61,9 @@ class Grid:
         """The sets on which all these methods have run."""
         return [name for name, found in self.runs.items() if all(method in found for method in methods)]
 
-    def accuracies(self, name: str, method: str) -> list[float]:
-        """The test accuracies on a set, in %; empty if the method has not run on it."""
-        return [100 * (run.accuracy("test") or 0.0) for run in self.runs[name].get(method, [])]
+    def scores(self, name: str, method: str) -> list[float]:
+        """The scores on a set, in %; empty if the method has not run on it."""
+        return [100 * (self.score(run) or 0.0) for run in self.runs[name].get(method, [])]
 
     def texts(self, name: str, method: str) -> int:
         """The number of training texts of the method's runs on a set; 0 if they do not say it."""
@@ -68,8 +74,8 @@ class Grid:
         return [run.environment for own in self.runs.values() for runs in own.values() for run in runs]
 
     def means(self, method: str, sets: Iterable[str]) -> list[float]:
-        """The method's mean accuracy on each set, in %."""
-        return [fmean(self.accuracies(name, method)) for name in sets]
+        """The method's mean score on each set, in %."""
+        return [fmean(self.scores(name, method)) for name in sets]
 
     def matched(self, first: str, second: str) -> "Grid":
         """What two methods did with the same texts: sets with as many training texts, and there the draws of both."""
@@ -80,7 +86,7 @@ class Grid:
             if both and self.texts(name, first) == self.texts(name, second):
                 kept = ([run for run in found if draw_of(run) in both] for found in pair)
                 runs[name] = dict(zip((first, second), kept, strict=True))
-        return Grid(runs, self.trials)
+        return replace(self, runs=runs)
 
 
 def draw_of(run: Run) -> str:
@@ -112,7 +118,7 @@ def over_sets(grid: Grid) -> list[Table]:
 
 
 def sets_tables(grid: Grid) -> list[Table]:
-    """A row for each set, and the mean over the sets that all methods have; a row for each method if they are more.
+    """A row of scores for each set, and the mean over those that all methods have; of each method if these are more.
 
     Many sets beside each other are too wide for a page, so they are split over several tables.
     """
@@ -122,7 +128,7 @@ def sets_tables(grid: Grid) -> list[Table]:
     noted = f"({counted(usual, 'run')} unless noted)"
 
     def cell(name: str, method: str) -> str:
-        return score_cell(grid.accuracies(name, method), usual)
+        return score_cell(grid.scores(name, method), usual)
 
     sets = list(grid.runs)
     if len(methods) > len(sets):

@@ -126,7 +126,7 @@ def texts_plot(grid: Grid) -> Plot | None:
         for axis, name in zip(axes, grid.runs, strict=False):
             for k, (curve, methods) in enumerate(curves.items()):
                 shown = sorted(
-                    (grid.texts(name, m), fmean(grid.accuracies(name, m))) for m in methods if m in grid.runs[name]
+                    (grid.texts(name, m), fmean(grid.scores(name, m))) for m in methods if m in grid.runs[name]
                 )
                 points = [*zip(*shown, strict=True)] or [(), ()]
                 axis.plot(*points, label=curve, linewidth=1.6, markersize=5, **style_of(k))

@@ -164,7 +164,7 @@ def unchecked_numbers(text: str) -> list[str]:
         CHANCE, f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters", f"{fewer} and {most} classes",
         f"probability {100 * decisions.SURE:g} %", f"at least {100 * decisions.LIKELY:g} %",
     )  # fmt: skip
-    for known in ("macro F1", "bf16", "95 % interval", *checked):
+    for known in ("macro F1", "micro F1", "bf16", "95 % interval", *checked):
         text = text.replace(known, "")
     return [word for word in text.split() if re.search(r"\d", word)]
 
