@@ -8,7 +8,8 @@ from finetuning.comparison.over_sets import accuracy_on_test, compare_pair, grid
 from finetuning.comparison.unequal import rarest
 from finetuning.pages import Table, dated
 
-STUDY = NAME = "rare_classes"  # of the study, and of the tables on a page
+STUDY = "rare_classes"
+NAME = "rare_classes_scores"  # of the tables on a page
 DEFAULT = "default"  # the row that has none of the flags
 COLUMNS = ("row", "score", "data sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %")
 

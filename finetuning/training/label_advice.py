@@ -34,7 +34,8 @@ def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings)
     largest, smallest, ratio = _unevenness(counts)
     if ratio < IMBALANCED or training.monitor in task.fair_monitors:
         return []
-    weights = ", or --class_weights balanced" if training.class_weights == "none" else ""
+    weights = ", or --class_weights balanced, which finds more texts of small classes, and more that are not theirs"
+    weights = weights if training.class_weights == "none" else ""
     return [
         f"class {task.names[largest]!r} has {ratio:.1f} times the training texts of {task.names[smallest]!r}, so"
         f" --monitor {training.monitor} may choose a checkpoint that ignores small classes: consider"

@@ -25,7 +25,7 @@ from finetuning.comparison.statistics import LEVEL, interval_over_sets
 from finetuning.flags import from_flags
 from finetuning.settings import DEFAULT_LEARNING_RATES
 from finetuning.storage import read_json
-from studies import decisions, evidence
+from studies import decisions, evidence, rare_classes
 from studies.evidence import COLUMNS, TABLES, Block, evidence_tables, rows_table, shown_p
 from tests.synthetic_runs import two_studies
 
@@ -360,6 +360,7 @@ def test_every_study_has_a_place_on_the_page() -> None:
         "recommend",
         "recommend_unseen",
         *(f"tune_{part}" for part in PARTS),
+        rare_classes.NAME,  # more of a study that has its place
     }
     shown |= set(re.findall(r"<!-- (\w+?)(?:_sets|_rows)?:begin -->", DATA_SETS.read_text())) - of_benchmarks
     assert shown >= set(study_names(RESULTS)) - elsewhere

@@ -26,7 +26,7 @@ def test_the_plot_of_readme_has_only_the_rows_asked_for(tmp_path: Path) -> None:
 def test_every_table_of_the_pages_has_its_markers() -> None:
     text = "".join(page.read_text(encoding="utf8") for page in REPOSITORY.pages)
     tables = page_tables([], {}, [".."])[".."]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for name in tables:
         assert f"<!-- {name}:begin -->" in text, name
 
