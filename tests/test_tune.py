@@ -24,7 +24,7 @@ from finetuning.runs.files import read_result, write_result
 from finetuning.storage import read_json, sha256_of, write_json
 from finetuning.tuning import command
 from finetuning.tuning.facts import read_facts, useful_lengths
-from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin
+from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin, inputs_of
 from finetuning.tuning.report import finish, gain_text, make_page, summary_lines
 from finetuning.tuning.space import Facts, make_space
 from finetuning.tuning.trials import Trials
@@ -153,7 +153,8 @@ def test_a_search_goes_on_with_its_own_texts_and_the_time_that_is_left(
 ) -> None:
     texts, folder = write_splits(tmp_path / "texts", train=60, validation=50, test=40), tmp_path / "search"
     given = {"dataset": "text", "data_dir": texts, "model_name": str(distilbert)}
-    before, an_hour_ago = find_materials(RunConfig.from_settings(**given)).texts.sha256, time.time() - 3600
+    config, an_hour_ago = RunConfig.from_settings(**given), time.time() - 3600
+    before = inputs_of(config, (), find_materials(config).texts.sha256)
     asked, facts = Asked(given, "tpe", True, None, None), Facts(5, 16, (256,), 2)
     begin(folder, asked, make_space(given, facts), Budget(an_hour_ago, 0.0, 10.0, None, 3), before)
     os.utime(folder / BUDGET, (an_hour_ago, an_hour_ago))  # since then nobody works
@@ -292,7 +293,7 @@ def test_base_models_are_searched(
     given = (*words, *limits, *named, "--output_dir", str(tmp_path / "one"))
     assert main([*given, "--trials", "1"]) == 0, "a condition may name the given model"
     assert main([*words, *models, "nowhere/to-be-found", "--output_dir", str(tmp_path / "other"), "--offline"]) == 2
-    assert "--model_name nowhere/to-be-found" in capsys.readouterr().err
+    assert "--models nowhere/to-be-found" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from finetuning.comparison.drawn import shown_settings
 from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
-from finetuning.errors import UserError, as_user_error
+from finetuning.errors import UserError, as_user_error, counted
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
 from finetuning.gpus import VISIBLE, visible_cards
 from finetuning.processes import STOP_SIGNALS, handled, spin_variables, stop_signals, usable_cores
@@ -228,7 +228,7 @@ class StudyExecution:
         failed = (run for run, state in zip(planned, states, strict=True) if state == "failed" and self.retry_failed)
         self.failed_before = {run.name: self.runs.result(run) for run in failed}
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-        print(f"{self.runs.study.name}: {len(self.chosen)} runs, {counts}", flush=True)
+        print(f"{self.runs.study.name}: {counted(len(self.chosen), 'run')}, {counts}", flush=True)
         with self.starter:
             while len(self.ended) < len(self.chosen):
                 before = len(self.ended)

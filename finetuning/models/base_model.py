@@ -11,13 +11,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTo
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, as_user_error
-from finetuning.models import packaged
-from finetuning.models.base_files import check_tokenizer, check_weights, file_hashes, find_folder, stored_config
+from finetuning.models.base_files import check_tokenizer, check_weights, find_folder, hashes_of, stored_config
 from finetuning.models.discovery import check_targets, family_of, on_meta
 from finetuning.models.distilbert import distilbert_config
 from finetuning.models.families import ModelFamily
 from finetuning.models.methods import check_method
-from finetuning.settings import PACKAGED_BASE, PACKAGED_DISTILBERT
+from finetuning.settings import PACKAGED_DISTILBERT
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,8 @@ class BaseModel:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """The SHA-256 of each file, by name. All folds of a run share this object, so weights are read once.
-
-        Finding the packaged base-size model has already compared its files with these.
-        """
-        if self.name == PACKAGED_BASE:
-            return dict(sorted(packaged.MPNET_FILES.items()))
-        return file_hashes(self.folder)
+        """The SHA-256 of each file, by name. All folds of a run share this object, so weights are read once."""
+        return hashes_of(self.name, self.folder)
 
     @property
     def longest_input(self) -> float:

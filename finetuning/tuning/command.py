@@ -22,7 +22,7 @@ from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
 from finetuning.settings import FLAGS, check_data_dir, shown_value
-from finetuning.tuning.parameters import MODEL, whole_name
+from finetuning.tuning.parameters import MODEL, read_space, whole_name
 from finetuning.tuning.plan import (
     SAMPLERS,
     SUMMARY,
@@ -30,10 +30,11 @@ from finetuning.tuning.plan import (
     Budget,
     Plan,
     begin,
+    check_inputs,
     check_new,
     check_same,
-    check_texts,
     holds_search,
+    inputs_of,
     resume,
     usable,
 )
@@ -195,6 +196,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 def start(asked: Asked, budget: Budget, folder: Path) -> None:
     """Begins a search, unless another worker has just begun it. Flags, texts or model may be refused."""
     config = checked_config(asked.given)
+    if asked.search is not None:
+        read_space(asked.search)  # what is refused is refused before texts are read
     limit_libraries()
     from finetuning.tuning.facts import read_facts  # loads torch
 
@@ -204,7 +207,7 @@ def start(asked: Asked, budget: Budget, folder: Path) -> None:
         from finetuning.tuning.sampler import check_storage  # loads Optuna
 
         check_storage(asked.storage)  # makes a new database, so what is refused is refused before
-    begin(folder, asked, space, budget, facts.texts)
+    begin(folder, asked, space, budget, inputs_of(config, asked.models, facts.texts))
     print(data_text(facts.sizes), flush=True)
     if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):
         print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")
@@ -222,11 +225,12 @@ def check_resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> None
 
 
 def join(folder: Path, minutes: float | None = None, trials: int | None = None, seeds: int | None = None) -> None:
-    """Joins a search, whose clock goes on, and adds to it; refused if its texts changed. Arguments as in ``resume``."""
+    """Joins a search, whose clock goes on, and adds to it; refused if its inputs changed. Arguments as ``resume``."""
     limit_libraries()
     from finetuning.materials import find_materials  # loads pandas
 
-    check_texts(folder, find_materials(Plan.read(folder).config).texts.sha256)
+    plan = Plan.read(folder)
+    check_inputs(folder, inputs_of(plan.config, plan.space.models, find_materials(plan.config).texts.sha256))
     with usable(folder):
         resume(folder, minutes, trials, seeds)
 

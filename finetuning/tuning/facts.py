@@ -9,6 +9,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.materials import find_materials
 from finetuning.processes import fast_imports
+from finetuning.tuning.parameters import MODEL
 from finetuning.tuning.space import Facts
 
 FEWEST_VALIDATION_TEXTS = 50
@@ -30,7 +31,13 @@ def read_facts(config: RunConfig, models: Sequence[str] = ()) -> Facts:
         UserError: a run would be refused, or validation has too few texts.
     """
     own = config.model.model_name
-    found = {name: _facts_of(config.changed(model_name=name)) for name in dict.fromkeys((own, *models))}
+    found = {}
+    for name in dict.fromkeys((own, *models)):
+        try:
+            found[name] = _facts_of(config.changed(model_name=name))
+        except UserError as error:  # names the flag of a run
+            flag = f"--{MODEL} {name}"
+            raise UserError(str(error).replace(flag, f"--models {name}") if models else str(error)) from None
     return replace(
         found[own],  # whose tokens count the lengths
         layers=min(facts.layers for facts in found.values()),

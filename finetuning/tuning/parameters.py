@@ -127,7 +127,7 @@ def search_text(path: Path) -> str:
 
 def model_anywhere(name: str) -> str:
     """A base model as workers in other directories know it: a folder by its whole path, others by their name."""
-    is_folder = name not in (PACKAGED, *PACKAGED_MODELS) and Path(name).is_dir()
+    is_folder = name not in ("", PACKAGED, *PACKAGED_MODELS) and Path(name).is_dir()
     return str(Path(name).resolve()) if is_folder else name
 
 
@@ -153,8 +153,8 @@ def _row(name: str, row: Any) -> Parameter | None:
         raise UserError(f"{name}: {what}: allowed are a list of values, false, or a table with {', '.join(KEYS)}")
     values, low, high = row.get("values", []), row.get("low"), row.get("high")
     only, log, times_default = row.get("if"), row.get("log", False), row.get("times_default", False)
-    if only is not None and not (isinstance(only, dict) and only):
-        raise UserError(f'{name}: if: must be a table such as {{ method = "lora" }}')
+    if only is not None and not (isinstance(only, dict) and only and [] not in only.values()):
+        raise UserError(f'{name}: if: must be a table such as {{ method = "lora" }}, without empty lists')
     given = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in (only or {}).items()}
     if MODEL in given:
         given[MODEL] = tuple(whole_name(str(model)) for model in given[MODEL])

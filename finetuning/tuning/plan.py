@@ -7,27 +7,32 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.drawn import is_float
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, as_user_error
+from finetuning.models.base_files import find_folder, hashes_of
+from finetuning.runs.adapters import read_adapter
 from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
 from finetuning.settings import FLAGS, shown_value
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
-from finetuning.tuning.parameters import MODEL, model_anywhere, search_text
+from finetuning.tuning.parameters import MODEL, Value, model_anywhere, search_text
 from finetuning.tuning.space import Space
-from finetuning.tuning.trials import END, FAILED, Place
+from finetuning.tuning.trials import END, FAILED, Place, Trials
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST = "trials", "last"
 PAUSE_SECONDS = 60.0  # without a sign of life for so long nobody works: claims are renewed every 20 s
 ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
+INPUTS = ("texts", "files")  # of ``search.json``: the hash of all texts, and those of each model's and adapter's files
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def check_same(folder: Path, asked: Asked) -> None:
     flags = [each | {name: shown_value(v) for name, v in each["given"].items()} for each in (stored, mine)]
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)
-        if name not in ("given", "space", "study", "texts") and before != now:
+        if name not in ("given", "space", "study", *INPUTS) and before != now:
             there, here = ("not given" if value is None else value for value in (before, now))
             what = "another file" if name == "search" else f"its --{name} is {there}, yours is {here}"
             raise UserError(
@@ -131,26 +136,53 @@ def check_same(folder: Path, asked: Asked) -> None:
             )
 
 
-def check_texts(folder: Path, sha256: str) -> None:
-    """Refuses to go on with other texts than those with which a search began: their scores cannot be compared."""
-    if _stored(folder).get("texts", sha256) != sha256:  # earlier versions did not record it
+def inputs_of(config: RunConfig, models: Iterable[Value], texts: str) -> dict[str, Any]:
+    """What a search is made from, as it is stored.
+
+    Args:
+        config: the suite's default with the given flags.
+        models: the base models that are searched, besides the config's.
+        texts: the SHA-256 of the texts.
+
+    Raises:
+        UserError: a model or the adapter is not there any more.
+    """
+    files = {}
+    for name in dict.fromkeys((config.model.model_name, *map(str, models))):
+        files[f"--{MODEL} {name}"] = hashes_of(name, find_folder(name, config.run.offline, config.instead_of_hub()))
+    if config.lora is not None and config.lora.init_adapter is not None:
+        files["--init_adapter"] = read_adapter(config.lora.init_adapter).file_hashes()
+    return dict(zip(INPUTS, (texts, files), strict=True))
+
+
+def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuses to go on with other texts or files than those with which a search began.
+
+    Args:
+        inputs: those of now, from ``inputs_of``.
+    """
+    stored = {**inputs, **_stored(folder)}  # earlier versions did not record all of them
+    changed = [name for name, hashes in inputs["files"].items() if stored["files"].get(name) != hashes]
+    if stored["texts"] != inputs["texts"]:
+        changed = ["texts or labels"]
+    if changed:
         raise UserError(
-            f"--output_dir {folder}: texts or labels have changed since this search began, and scores on others cannot"
+            f"--output_dir {folder}: {changed[0]} have changed since this search began, and scores with others cannot"
             " be compared: put them back, or begin a search in another directory"
         )
 
 
-def begin(folder: Path, asked: Asked, space: Space, budget: "Budget", texts: str) -> None:
+def begin(folder: Path, asked: Asked, space: Space, budget: "Budget", inputs: Mapping[str, Any]) -> None:
     """Begins a search, unless another worker has just begun it.
 
     Args:
-        texts: the SHA-256 of its texts.
+        inputs: from ``inputs_of``.
 
     Raises:
         UserError: as ``check_same``, or the folder cannot be written.
     """
     stored = asked.to_dict() | {"space": space.to_dict(), "study": f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"}
-    stored["texts"] = texts
+    stored |= inputs
     with as_user_error(f"--output_dir {folder}: cannot be written", OSError, name_file=True):
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_search(folder):  # another worker's clock goes on
@@ -185,8 +217,14 @@ class Budget:
 
     @staticmethod
     def read(folder: Path) -> "Budget":
-        with as_user_error(f"--output_dir {folder}: {BUDGET} cannot be read", ValueError, TypeError):
-            return Budget(**read_json(folder / BUDGET))
+        with as_user_error(f"--output_dir {folder}: {BUDGET} cannot be read", ValueError):
+            stored = {"since": 0.0} | read_json(folder / BUDGET)
+            for field in fields(Budget):
+                value = stored.get(field.name, "missing")
+                may_miss = value is None and field.name in ("minutes", "trials")
+                if not (may_miss or is_float(value)):
+                    raise ValueError(f"{field.name} is {value}")
+            return Budget(**{field.name: stored[field.name] for field in fields(Budget)})
 
 
 def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None) -> None:
@@ -208,6 +246,7 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         while more and stack.enter_context(Place(folder / ENDING).claim()) is None:  # a worker writes the report
             time.sleep(LOOK_AGAIN_SECONDS)
         budget, chosen = Budget.read(folder), (folder / FINAL).exists()
+        default = Trials(folder / TRIALS).all()[:1]  # reads them all, so that nothing changes if one is damaged
         locks = list(folder.glob("*/*.lock"))
         last = max(path.stat().st_mtime for path in (folder / BUDGET, *locks))
         if time.time() - last > PAUSE_SECONDS and not any(Place(path.with_suffix("")).is_claimed() for path in locks):
@@ -231,8 +270,6 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
             for run in (folder / LAST).glob("*/"):
                 if read_status(run) == "failed":  # what made it fail may be mended
                     remove(run / RESULT)
-            default = folder / TRIALS / f"{0:03d}"
-            ended = read_json(default / END)["state"] if (default / END).exists() else None
-            if ended == FAILED:  # all others are compared with the default
+            if default and default[0].state == FAILED:  # all others are compared with the default
                 for name in (END, RESULT):
-                    remove(default / name)
+                    remove(folder / TRIALS / f"{0:03d}" / name)

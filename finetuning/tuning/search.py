@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.comparison.execution import LOOK_AGAIN_SECONDS, STOPPED, CurrentRun, CurrentRuns, Starter, last_line
-from finetuning.errors import counted
+from finetuning.errors import as_user_error, counted
 from finetuning.flags import flag_words
 from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
@@ -108,7 +108,8 @@ class Search:
 
     def decided(self) -> dict[str, Any] | None:
         """Who is trained again; ``None`` before that is decided."""
-        with suppress(FileNotFoundError):
+        damaged = f"{self.folder / FINAL}: cannot be read: remove it, and the last runs are chosen again"
+        with suppress(FileNotFoundError), as_user_error(damaged, ValueError):
             return read_json(self.folder / FINAL)
         return None
 

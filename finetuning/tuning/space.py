@@ -83,7 +83,9 @@ class Space:
                 flags[parameter.name] = value
         config = RunConfig.from_settings(**{**self.given, **flags}).to_dict() | dict(self.defaults)
         if "batch_size" in point:  # a given batch size would lift the usual limit in tokens
-            flags.setdefault("batch_tokens", config["batch_tokens"])
+            others = {name: value for name, value in flags.items() if name != "batch_size"}
+            usual_tokens = RunConfig.from_settings(**{**self.given, **others}).training.batch_tokens
+            flags.setdefault("batch_tokens", usual_tokens)
         for parameter in self.parameters:
             if parameter.name in point and parameter.times_default:
                 usual = config[parameter.name]

@@ -9,11 +9,13 @@ any number of workers, on any hosts that share the folder, need no server.
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetuning.errors import UserError, first_line
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, SETTINGS, TRAINED_WEIGHTS
 from finetuning.runs.history import scores_by_epoch
@@ -83,10 +85,10 @@ class Trials:
 
     Args:
         folder: ``DIR/trials``.
-        monitor: the score that chooses.
+        monitor: the score that chooses; without it, running trials have no history.
     """
 
-    def __init__(self, folder: Path, monitor: str) -> None:
+    def __init__(self, folder: Path, monitor: str = "") -> None:
         self.folder = folder
         self.monitor = monitor
         self._ended: dict[int, Trial] = {}  # they do not change any more
@@ -104,20 +106,23 @@ class Trials:
         return [self.read(number) for number in self.numbers()]
 
     def read(self, number: int) -> Trial:
-        """What is known of a trial."""
+        """What is known of a trial.
+
+        Raises:
+            UserError: one of its two files is damaged.
+        """
         if number in self._ended:
             return self._ended[number]
-        directory, found = self.place(number).directory, {}
-        with suppress(FileNotFoundError):
-            found = read_json(directory / TRIAL)
-        with suppress(FileNotFoundError):
-            end = read_json(directory / END)
-            end["history"] = {int(epoch): score for epoch, score in end["history"].items()}
-            trial = Trial(number, **found, **end)
-            if trial.state != FAILED:  # a default that failed may be tried again, see ``resume``
-                self._ended[number] = trial
-            return trial
-        return Trial(number, **found, history=self.history(number))
+        directory = self.place(number).directory
+        found = _stored(directory / TRIAL, ("point", "settings"), "remove the trial's folder, and another one begins")
+        end = _stored(directory / END, ("state", "history"), "remove this file, and the trial begins again")
+        if not end:
+            return Trial(number, **found, history=self.history(number))
+        end["history"] = {int(epoch): score for epoch, score in end["history"].items()}
+        trial = Trial(number, **found, **end)
+        if trial.state != FAILED:  # a default that failed may be tried again, see ``resume``
+            self._ended[number] = trial
+        return trial
 
     def history(self, number: int) -> dict[int, float]:
         """Epoch -> the monitored score, as the run has written it until now."""
@@ -187,6 +192,19 @@ class Trials:
             if number > 0 or name != TRAINED_WEIGHTS:  # the default's first run can win a short search
                 (directory / name).unlink(missing_ok=True)
         return self.read(number)
+
+
+def _stored(path: Path, needed: Sequence[str], remedy: str) -> dict[str, Any]:
+    """What a file of a trial holds; nothing if there is none."""
+    try:
+        found = read_json(path)
+        if lost := set(needed) - found.keys():
+            raise ValueError(f"it lacks {min(lost)}")
+        return found
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}: {remedy}") from None
 
 
 def renew(locks: list[int]) -> None:

@@ -3,13 +3,15 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetuning.config import RunConfig
 from finetuning.runs.files import write_result
-from finetuning.storage import write_json
+from finetuning.storage import read_json, write_json
 from finetuning.tuning import plan as module
 from finetuning.tuning.plan import (
     BUDGET,
@@ -22,9 +24,10 @@ from finetuning.tuning.plan import (
     Budget,
     Plan,
     begin,
+    check_inputs,
     check_new,
     check_same,
-    check_texts,
+    inputs_of,
     resume,
 )
 from finetuning.tuning.space import Facts, make_space
@@ -32,6 +35,7 @@ from finetuning.tuning.trials import END, Place
 from tests.common import Patch, check_refusal, refusal_of
 
 FACTS = Facts(6, 32, (256,), 6)
+INPUTS: dict[str, Any] = {"texts": "texts", "files": {"--model_name a": {"weights": "1"}}}
 
 
 def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Asked:
@@ -39,7 +43,7 @@ def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Ask
 
 
 def started(folder: Path, minutes: float | None = 10.0, trials: int | None = None, **given: Any) -> None:
-    begin(folder, asked(**given), make_space(given, FACTS), Budget(time.time(), 0.0, minutes, trials, 3), "texts")
+    begin(folder, asked(**given), make_space(given, FACTS), Budget(time.time(), 0.0, minutes, trials, 3), INPUTS)
 
 
 @contextmanager
@@ -78,10 +82,29 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
     assert (folder / SEARCH).read_bytes() == before
 
 
-def test_a_search_goes_on_with_its_own_texts(tmp_path: Path) -> None:
+def test_a_search_goes_on_with_its_own_texts_models_and_adapter(tmp_path: Path) -> None:
     started(tmp_path)
-    check_texts(tmp_path, "texts")
-    assert "texts or labels have changed since this search began" in refusal_of(check_texts, tmp_path, "others")
+    check_inputs(tmp_path, INPUTS)
+    for changed, what in (
+        ({"texts": "others"}, "texts or labels"),
+        ({"files": {"--model_name a": {"weights": "2"}}}, "--model_name a"),
+        ({"files": INPUTS["files"] | {"--init_adapter": {}}}, "--init_adapter"),
+    ):
+        refusal = refusal_of(check_inputs, tmp_path, INPUTS | changed)
+        assert f"{what} have changed since this search began" in refusal
+    stored = read_json(tmp_path / SEARCH)
+    write_json(tmp_path / SEARCH, {name: value for name, value in stored.items() if name != "files"})
+    check_inputs(tmp_path, INPUTS | {"files": {}})  # of an earlier version
+
+
+def test_inputs_are_the_files_of_all_models(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    for name in names:
+        Path(name).mkdir()
+        (Path(name) / "model.safetensors").write_bytes(name[-1:].encode())
+    found = inputs_of(RunConfig.from_settings(model_name=names[0]), names, "texts")
+    hashes = {f"--model_name {name}": {"model.safetensors": sha256(name[-1:].encode()).hexdigest()} for name in names}
+    assert found == {"texts": "texts", "files": hashes}
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
@@ -131,7 +154,7 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(tmp_pat
         write_result(tmp_path / LAST / name, {"status": status})
     for number, state in enumerate(("failed", "failed")):
         (tmp_path / TRIALS / f"{number:03d}").mkdir(parents=True)
-        write_json(tmp_path / TRIALS / f"{number:03d}" / END, {"state": state})
+        write_json(tmp_path / TRIALS / f"{number:03d}" / END, {"state": state, "history": {}})
     with working(tmp_path):
         resume(tmp_path, 5, None, None)
     assert [path.parent.name for path in tmp_path.glob(f"{TRIALS}/*/{END}")] == ["001"], "the default is tried again"
@@ -147,8 +170,23 @@ def test_a_worker_that_comes_second_leaves_the_clock_alone(tmp_path: Path) -> No
     first = (tmp_path / BUDGET).read_bytes()
     started(tmp_path, minutes=99)
     assert (tmp_path / BUDGET).read_bytes() == first
-    (tmp_path / BUDGET).write_text('{"began": 1}')
-    assert "budget.json cannot be read" in refusal_of(Budget.read, tmp_path)
+    text_instead = json.dumps(json.loads(first) | {"began": "x"})
+    for damaged, what in (('{"began": 1}', "used is missing"), ('{"sta', ""), (text_instead, "began is x")):
+        (tmp_path / BUDGET).write_text(damaged)
+        assert f"budget.json cannot be read: {what}" in refusal_of(Budget.read, tmp_path)
+
+
+def test_nothing_changes_if_a_trial_is_damaged(tmp_path: Path) -> None:
+    started(tmp_path, trials=1)
+    (tmp_path / TRIALS / "000").mkdir(parents=True)
+    for name in (FINAL, SUMMARY):
+        write_json(tmp_path / name, {})
+    before = (tmp_path / BUDGET).read_bytes()
+    (tmp_path / TRIALS / "000" / END).write_text('{"sta')
+    assert "000/end.json: cannot be read" in refusal_of(resume, tmp_path, None, 5, None)
+    assert (tmp_path / BUDGET).read_bytes() == before
+    assert (tmp_path / FINAL).exists()
+    assert (tmp_path / SUMMARY).exists()
 
 
 def test_a_database_is_the_same_from_another_directory(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -217,6 +217,7 @@ def test_the_space_of_several_models_is_what_all_of_them_allow(tmp_path: Path) -
         ('lora_r = { values = [1, 2], if = { method = "full" } }', {}, "lora_r: --lora_r 1: needs --method lora"),
         ('epochs = { values = [1, 2], if = { method = "lora" } }', {"method": "full"}, "condition: method is lora"),
         ('epochs = { values = [1, 2], if = { metod = "lora" } }', {}, "condition: metod is lora never"),
+        ("epochs = { values = [1, 2], if = { method = [] } }", {}, "epochs: if: must be a table"),
         ('method = { low = "full", high = "lora" }', {}, "method: low and high are for numbers: give a list"),
         ('scheduler = { values = [1], times_default = true }', {}, "scheduler: times_default is for numbers"),
         ("lora_query = { values = [1, 2], times_default = true }", {}, "lora_query: times_default is for numbers"),
@@ -300,6 +301,14 @@ def test_a_condition_holds_if_one_of_its_values_does(tmp_path: Path) -> None:
     wanted: dict[str, Any] = {"method": "lora", "lora_dropout": 0.1}
     point = space.drawn(lambda row: wanted.get(row.name, row.ends[-1]))
     assert (point["weight_decay"], "label_smoothing" in point) == (0.1, False)
+
+
+def test_a_batch_size_keeps_the_usual_limit_in_tokens(tmp_path: Path) -> None:
+    """``--batch_size`` alone would lift it, and take more memory than the default does."""
+    for row in ("batch_size = [16, 64]", "batch_size = { values = [0.5, 2], times_default = true }"):
+        space = space_of(search=written(tmp_path, row))
+        point = space.drawn(lambda parameter: parameter.ends[1])
+        assert space.settings(point).items() >= {"batch_size": 64, "batch_tokens": 6144}.items()
 
 
 def test_a_space_is_stored_and_shown() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from finetuning.runs.history import write_metrics
 from finetuning.tuning import trials as module
-from finetuning.tuning.trials import COMPLETE, FAILED, LEASE_SECONDS, PRUNED, Trial, Trials, best_of
-from tests.common import ROOT, some
+from finetuning.tuning.trials import COMPLETE, END, FAILED, LEASE_SECONDS, PRUNED, TRIAL, Trial, Trials, best_of
+from tests.common import ROOT, refusal_of, some
 
 PYTHON = (sys.executable, "-c")
 WORKER = """
@@ -60,6 +60,25 @@ def test_a_trial_goes_from_claim_to_end(tmp_path: Path) -> None:
     fresh = Trials(tmp_path / "trials", "accuracy").read(0)
     assert fresh == Trial(0, {"dropout": 0.1}, {"dropout": 0.1}, COMPLETE, 0.5, {1: 0.5}, minutes=2.0)
     assert trials.running() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (TRIAL, '{"poi', "remove the trial's folder"),
+        (TRIAL, '{"point": {}}', "it lacks settings: remove the trial's folder"),
+        (END, "[]", "it must hold a JSON object: remove this file"),
+        (END, "{}", "it lacks history: remove this file"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    trials = Trials(tmp_path, "accuracy")
+    (tmp_path / "000").mkdir()
+    trials.begin(0, {}, {})
+    (tmp_path / "000" / name).write_text(text)
+    refusal = refusal_of(trials.all)
+    assert refusal.startswith(f"{tmp_path / '000' / name}: cannot be read: ")
+    assert message in refusal
 
 
 def test_workers_share_the_numbers(tmp_path: Path) -> None:
