@@ -60,9 +60,9 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     limit_libraries()
     share_processors()
     if instead.prefetch or instead.estimate:
-        from finetuning.instead import estimate, prefetch
+        from finetuning.instead import instead_of_run
 
-        print(prefetch(config) if instead.prefetch else estimate(config))
+        print(instead_of_run(config, instead.estimate))
         return 0
     status = run(config)["status"]
     # If another process ends with another status, Lightning and srun kill the first one while it may still write.
@@ -116,7 +116,7 @@ def restore_report(given: dict[str, Any]) -> None:
     if config.run.report and not (directory / REPORT).exists():
         from finetuning import steps
 
-        steps.restore_report(config, directory)
+        steps.restore_report(directory, config.model.model_name, config.data, config.run)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from finetuning.settings import (
     RunSettings,
     TrainingSettings,
     Values,
-    excludes_int8,
     full_name,
     recorded_name,
 )
@@ -126,11 +125,6 @@ class RunConfig:
         data, adapted = self.data, self.lora is not None and self.lora.init_adapter is not None
         chosen = data.kfold or data.fold is not None or data.limit_validation or adapted
         return not chosen and self.hardware.processes == 1 and self.training.epochs != 0
-
-    @property
-    def excludes_int8(self) -> str | None:
-        """The setting that excludes 8-bit products of frozen linears; ``None`` if none does."""
-        return excludes_int8(self.method.method, self.name == "qlora", self.hardware.compile)
 
     def differences(self, others: Mapping[str, Any]) -> list[str]:
         """The flags whose values differ and change what the run computes, for example ``--seed 0 -> 1``.

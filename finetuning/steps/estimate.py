@@ -4,27 +4,24 @@ from datetime import timedelta
 
 import torch
 
-from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.materials import Materials
 from finetuning.models.counting import count_parameters
-from finetuning.steps.inputs import read_inputs
+from finetuning.steps.inputs import Inputs
 from finetuning.training.estimate import estimate_table, measure_steps
 from finetuning.training.hardware import prepare_process
 from finetuning.training.trainer import quiet_lightning
 
 
-def estimate_run(config: RunConfig, materials: Materials, folds: int) -> str:
+def estimate_run(inputs: Inputs, folds: int) -> str:
     """The memory and time that a run needs, as a text to print.
 
     Args:
-        config: the run; that of the first fold if there are folds.
+        inputs: of the run; of the first fold's if there are folds.
         folds: their number.
 
     Raises:
-        UserError: input is refused, or a GPU has too little memory for one step.
+        UserError: a GPU has too little memory for one step.
     """
-    inputs = read_inputs(config, materials)
     training, hardware = inputs.config.training, inputs.hardware
     prepare_process(hardware)
     torch.manual_seed(training.seed)

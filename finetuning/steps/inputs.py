@@ -1,8 +1,8 @@
 """The inputs of a run: base model, hardware, adapter, texts, tokens. Checks what flags and files do not tell."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,26 @@ from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, build_from_adapter, other_classes
 from finetuning.runs.records import data_hashes
-from finetuning.settings import TrainingSettings
+from finetuning.settings import (
+    MINILM_FORMS,
+    HardwareSettings,
+    LoRASettings,
+    MethodSettings,
+    TrainingSettings,
+    excludes_int8,
+)
 from finetuning.steps.text_advice import (
-    advice_on_texts,
+    FEW_CLASSES,
     check_adapter_and_folds,
     cut_advice,
+    fits_folds,
     head_advice,
     known_texts_advice,
+    missing_advice,
     other_weights_advice,
+    pooling_advice,
     step_advice,
-    takes_kfold,
+    validation_advice,
 )  # fmt: skip
 from finetuning.training.budget import LEAST_EPOCHS, automatic_epochs, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
@@ -62,6 +72,10 @@ class Inputs:
         """The classifier before training. Its new weights are drawn from torch's global generator."""
         parts = self.config, self.base, self.texts.label_names, self.hardware.dtype
         return build_classifier(*parts) if self.adapter is None else build_from_adapter(*parts, self.adapter)
+
+    def takes_kfold(self) -> bool:
+        """Whether a run could have ``--kfold`` as well. Reads the texts again, because folds split them otherwise."""
+        return self.config.takes_kfold and fits_folds(self.config.data, self.config.run.offline)
 
     def headline(self, classifier: Classifier, stop: int | None = None) -> str:
         """The text that the run prints before training: data, model, settings.
@@ -117,20 +131,18 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     """
     check_processes(config.hardware)
     base, texts = find_base_model(config, materials.folder), materials.texts
-    hardware, found = find_hardware(config, base)
+    hardware, found = find_hardware(config.hardware, config.run.resume, base, config.method, config.lora)
     # a fold alone is trained as in the run with all folds, whose budget is that of all its texts
     whole = texts.splits["train"].labels if texts.pool is None else texts.pool.texts.labels
     size = whole, len(texts.label_names), config.hardware.processes
     found |= training_budget(config.training, *size)
     task, advice = task_of(texts, config.training)
-    of_splits = {name: split.labels for name, split in texts.splits.items()}
-    advice += advice_on_texts(config, base, task, of_splits, partial(takes_kfold, config))
-    adapter = None
+    adapter, of_adapter = None, []
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
         check_adapter_and_folds(adapter, config.data)
         found |= decided
-        advice += head_advice(other_classes(adapter, base, texts.label_names), config.training)
+        of_adapter = head_advice(other_classes(adapter, base, texts.label_names), config.training)
     tokenizer = load_tokenizer(base)
     inputs = Inputs(
         config=config.changed(**found),
@@ -138,11 +150,12 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         hardware=hardware,
         texts=texts,
         task=task,
-        advice=advice,
+        advice=[],
         splits={},
         pad_id=int(tokenizer.pad_token_id),
         adapter=adapter,
     )
+    advice += number_advice(inputs, inputs.takes_kfold) + of_adapter
     if adapter is not None:  # what does not fit is refused before anything is written; packing would take time
         unpacked = inputs.config.changed(q_lora=False, double_quantization=None)
         dataclasses.replace(inputs, config=unpacked).build()
@@ -157,6 +170,26 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     automatic = automatic_epochs(training.batch_size * training.accumulate, *size)
     inputs = dataclasses.replace(inputs, advice=advice + length_advice(inputs, automatic))
     return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in config.data.folds))
+
+
+def number_advice(inputs: Inputs, folds: Callable[[], bool]) -> list[str]:
+    """What to try for texts of these numbers, and what they cannot tell, one sentence each.
+
+    Args:
+        inputs: of a run; the tokens do not count.
+        folds: as in ``validation_advice``.
+    """
+    config, base, task = inputs.config, inputs.base, inputs.task
+    labels = {name: split.labels for name, split in inputs.texts.splits.items()}
+    advice = missing_advice(task, labels["test"]) if config.run.test else []
+    if config.training.epochs == 0:
+        return advice
+    training, validation = len(labels["train"]), len(labels["validation"])
+    counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
+    advice += validation_advice(training, validation, counts, config.data, folds)
+    tried = base.name in MINILM_FORMS and labels["train"].ndim == 1 and len(task.names) <= FEW_CLASSES
+    reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
+    return advice + (pooling_advice(training, config.name, config.lora, tried) if reads_first else [])
 
 
 def length_advice(inputs: Inputs, automatic: int) -> list[str]:
@@ -176,19 +209,24 @@ def length_advice(inputs: Inputs, automatic: int) -> list[str]:
     return advice
 
 
-def find_hardware(config: RunConfig, base: BaseModel) -> tuple[Hardware, dict[str, Any]]:
+def find_hardware(
+    settings: HardwareSettings, resumed: bool, base: BaseModel, method: MethodSettings, lora: LoRASettings | None
+) -> tuple[Hardware, dict[str, Any]]:
     """What the run computes with, and the setting that this decides: the precision, if int8 or fast was asked for.
+
+    Args:
+        resumed: as in ``resolve_hardware``.
 
     Raises:
         UserError: the machine cannot compute so, or the model cannot.
     """
-    hardware = resolve_hardware(config.hardware, config.run.resume, base.family.half)
-    if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
+    hardware, q_lora = resolve_hardware(settings, resumed, base.family.half), lora is not None and lora.q_lora
+    if q_lora and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
-    if config.hardware.precision not in ("int8", "fast"):
+    if settings.precision not in ("int8", "fast"):
         return hardware, {}
-    widths = int8_widths(base, config.method, config.lora)
-    precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
+    excluded = excludes_int8(method.method, q_lora, settings.compile)
+    precision = settled_precision(settings.precision, hardware, excluded, int8_widths(base, method, lora))
     return dataclasses.replace(hardware, int8=precision == "int8"), {"precision": precision}
 
 

@@ -3,19 +3,26 @@
 import sys
 from pathlib import Path
 
-from finetuning.config import RunConfig
 from finetuning.data.loading import load_texts, tokenize
 from finetuning.errors import UserError, say
-from finetuning.models.base_model import find_base_model, load_tokenizer
+from finetuning.models.base_files import find_folder
+from finetuning.models.base_model import load_tokenizer, read_base_model
 from finetuning.report.page import present
 from finetuning.runs.directory import check_origin
 from finetuning.runs.files import PREDICTIONS, REPORT, check_unchanged, read_result
 from finetuning.runs.lock import DirectoryLock
 from finetuning.runs.records import data_hashes
+from finetuning.settings import DataSettings, RunSettings
 
 
-def restore_report(config: RunConfig, directory: Path) -> None:
-    """Writes the report that a kill or a full disk has prevented, if the texts are still the same; else it warns."""
+def restore_report(directory: Path, model_name: str, data: DataSettings, run: RunSettings) -> None:
+    """Writes the report that a kill or a full disk has prevented, if the texts are still the same; else it warns.
+
+    Args:
+        directory: of a finished run.
+        model_name: the run's base model, whose tokenizer tells whether the texts are the same.
+        data, run: the run's settings.
+    """
     try:
         lock = DirectoryLock(directory)
     except UserError:  # the process that finished the run is about to write it, or the directory is read-only
@@ -23,9 +30,10 @@ def restore_report(config: RunConfig, directory: Path) -> None:
     with lock:
         try:
             check_unchanged(directory / PREDICTIONS)
-            result, texts = read_result(directory), load_texts(config.data, config.run.offline)
-            splits = tokenize(texts, load_tokenizer(find_base_model(config)), config.data, config.run.test)
+            result, texts = read_result(directory), load_texts(data, run.offline)
+            base = read_base_model(model_name, find_folder(model_name, run.offline, "--model_name PATH"))
+            splits = tokenize(texts, load_tokenizer(base), data, run.test)
             check_origin(directory, "data", data_hashes(texts, splits))
-            present(directory, result, config.run, texts.splits)
+            present(directory, result, run, texts.splits)
         except UserError as error:
             say(f"warning: {REPORT} was not written: {error}", sys.stderr)

@@ -7,13 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from finetuning.config import RunConfig
 from finetuning.data.loading import load_texts
 from finetuning.errors import UserError, counted, listed
-from finetuning.models.base_model import BaseModel
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.messages import SHOWN_IN_ADVICE
-from finetuning.settings import MINILM_FORMS, DataSettings, LoRASettings, TrainingSettings
+from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
 from finetuning.training.tasks import Task
 
@@ -28,31 +26,11 @@ FEW_CLASSES = 8  # on sets with more the mean was tried with a hundred texts and
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
-def advice_on_texts(
-    config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray], folds: Callable[[], bool]
-) -> list[str]:
-    """What to try for texts of these numbers, and what they cannot tell.
-
-    Args:
-        folds: says whether ``--kfold`` could be given; asked only if that is advised, because it compares all texts.
-    """
-    advice = missing_advice(task, labels["test"]) if config.run.test else []
-    if config.training.epochs == 0:
-        return advice
-    training, validation = len(labels["train"]), len(labels["validation"])
-    counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
-    advice += validation_advice(training, validation, counts, config.data, folds)
-    tried = base.name in MINILM_FORMS and labels["train"].ndim == 1 and len(task.names) <= FEW_CLASSES
-    reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
-    return advice + (pooling_advice(training, config.name, config.lora, tried) if reads_first else [])
-
-
-def takes_kfold(config: RunConfig) -> bool:
-    """Whether a run could have ``--kfold 5`` as well. It reads the texts again, because folds split them otherwise."""
-    if config.takes_kfold:
-        with suppress(UserError):
-            load_texts(replace(config.data, kfold=ADVISED_FOLDS), config.run.offline)
-            return True
+def fits_folds(data: DataSettings, offline: bool) -> bool:
+    """Whether the texts of a run can be split into the folds that are advised. It reads them again."""
+    with suppress(UserError):
+        load_texts(replace(data, kfold=ADVISED_FOLDS), offline)
+        return True
     return False
 
 
@@ -65,7 +43,7 @@ def validation_advice(
         training, validation: number of texts.
         counts: class -> how many validation texts have it.
         data: ``kfold`` and ``limit_validation``.
-        folds: as in ``advice_on_texts``.
+        folds: says whether ``--kfold`` could be given; asked only if that is advised, because it compares all texts.
     """
     if data.kfold or data.limit_validation:
         return []

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,6 @@ from finetuning.runs.weights import save_trained
 from finetuning.steps.claim import Claim
 from finetuning.steps.folds import Folds
 from finetuning.steps.inputs import Inputs
-from finetuning.steps.text_advice import takes_kfold
 from finetuning.steps.watch import Watch
 from finetuning.training.label_advice import chance_advice, one_answer_advice
 from finetuning.training.memory import check_memory
@@ -97,7 +95,7 @@ def train(training: Training) -> TrainedRecord:
     found: list[str] = []
     if module.settings.epochs:
         found += one_answer_advice(task, logits, module.settings, counts, texts)
-        found += chance_advice(task, labels, logits, texts, kfold, partial(takes_kfold, training.claim.config))
+        found += chance_advice(task, labels, logits, texts, kfold, training.inputs.takes_kfold)
     adapter, epochs = training.inputs.adapter, module.settings.epochs
     earlier = [] if adapter is None else adapter.runs_on(training.claim.config.data)
     # the checkpoints that validation has compared before count as well; those of the latest run include earlier ones

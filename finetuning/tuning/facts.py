@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,8 +10,12 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.materials import find_materials
 from finetuning.processes import fast_imports
+from finetuning.settings import DataSettings
 from finetuning.tuning.parameters import MODEL
 from finetuning.tuning.space import Facts
+
+if TYPE_CHECKING:
+    from finetuning.steps.inputs import Inputs
 
 FEWEST_VALIDATION_TEXTS = 50
 PERCENTILES = (50, 75, 90, 99)
@@ -34,7 +39,11 @@ def read_facts(config: RunConfig, models: Sequence[str] = ()) -> Facts:
     found = {}
     for name in dict.fromkeys((own, *models)):
         try:
-            found[name] = _facts_of(config.changed(model_name=name))
+            materials = find_materials(of_model := config.changed(model_name=name))
+            _check_validation(len(materials.texts.splits["validation"].texts), config.data)
+            with fast_imports():
+                from finetuning import steps
+            found[name] = _facts_of(steps.read_inputs(of_model, materials))
         except UserError as error:  # names the flag of a run
             flag = f"--{MODEL} {name}"
             raise UserError(str(error).replace(flag, f"--models {name}") if models else str(error)) from None
@@ -46,43 +55,45 @@ def read_facts(config: RunConfig, models: Sequence[str] = ()) -> Facts:
     )
 
 
-def _facts_of(config: RunConfig) -> Facts:
-    materials, limited = find_materials(config), config.data.limit_validation is not None
-    validation = len(materials.texts.splits["validation"].texts)
-    if validation < FEWEST_VALIDATION_TEXTS:
-        table = f"a table of {10 * FEWEST_VALIDATION_TEXTS}, of which a tenth validates"
-        if config.data.group_column is not None:  # whole groups are not exactly a tenth
-            table = "a larger table"
-        way = f"a validation file of that size, or {table}"
-        raise UserError(
-            f"tune: validation has {validation} texts, and a search needs {FEWEST_VALIDATION_TEXTS}, because it chooses"
-            f" by them (it has no cross-validation): give {'a larger --limit_validation' if limited else way}"
-        )
+def _check_validation(texts: int, data: DataSettings) -> None:
+    """Refuses a search with fewer validation texts than it can choose by."""
+    if texts >= FEWEST_VALIDATION_TEXTS:
+        return
+    table = f"a table of {10 * FEWEST_VALIDATION_TEXTS}, of which a tenth validates"
+    if data.group_column is not None:  # whole groups are not exactly a tenth
+        table = "a larger table"
+    way = f"a validation file of that size, or {table}"
+    raise UserError(
+        f"tune: validation has {texts} texts, and a search needs {FEWEST_VALIDATION_TEXTS}, because it chooses by them"
+        f" (it has no cross-validation): give {way if data.limit_validation is None else 'a larger --limit_validation'}"
+    )
+
+
+def _facts_of(inputs: "Inputs") -> Facts:
     with fast_imports():
-        from finetuning import steps
         from finetuning.data.tokens import encode
         from finetuning.models.base_model import check_fits, load_tokenizer
         from finetuning.training.tasks import make_task
-    inputs = steps.read_inputs(config, materials)
     train = inputs.texts.splits["train"]
     lengths = inputs.splits["train"].lengths
     longest = int(min(LONGEST, inputs.base.longest_input))
-    if lengths.max() >= config.data.longest:  # some are cut
+    data, splits = inputs.config.data, inputs.texts.splits
+    if lengths.max() >= data.longest:  # some are cut
         one = {"windows": 1, "window_overlap": 0, "window_pooling": "mean"}
-        data = inputs.config.changed(max_length=UNCUT, batch_tokens=UNCUT, **one).data
+        uncut = inputs.config.changed(max_length=UNCUT, batch_tokens=UNCUT, **one).data
         places = np.random.default_rng(0).permutation(len(train.texts))[:SAMPLE]
         texts, pairs = ([column[i] for i in places] if column else None for column in (train.texts, train.pairs))
-        lengths = np.diff(encode(texts or [], pairs, load_tokenizer(inputs.base), data).offsets)
+        lengths = np.diff(encode(texts or [], pairs, load_tokenizer(inputs.base), uncut).offsets)
     layers = getattr(inputs.base.config, inputs.base.family.settings.get("layer_count", ""), 0)
-    labels = {name: split.labels for name, split in materials.texts.splits.items()}
+    labels = {name: split.labels for name, split in splits.items()}
 
     def check(run: RunConfig) -> None:
         check_fits(inputs.base, run)
-        make_task(labels, materials.texts.label_names, run.training)
+        make_task(labels, inputs.texts.label_names, run.training)
 
     training, sizes = inputs.config.training, {name: len(of_texts) for name, of_texts in labels.items()}
-    useful = useful_lengths(lengths, config.data.max_length, longest)
-    fused, own_texts = bool(inputs.base.family.fused), materials.texts.sha256
+    useful = useful_lengths(lengths, data.max_length, longest)
+    fused, own_texts = bool(inputs.base.family.fused), inputs.texts.sha256
     return Facts(training.epochs, training.batch_size, useful, layers, fused, sizes, own_texts, check)
 
 

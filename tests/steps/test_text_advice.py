@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 from compare_methods import RESULTS
+from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.materials import find_materials
-from finetuning.steps.inputs import read_inputs
+from finetuning.steps.inputs import Inputs, number_advice, read_inputs
 from finetuning.steps.text_advice import (
     FEW_FOR_MEAN,
     FEW_OF_A_CLASS,
     FEW_VALIDATION_TEXTS,
-    advice_on_texts,
     cut_advice,
+    fits_folds,
     missing_advice,
     step_advice,
-    takes_kfold,
 )  # fmt: skip
+from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
 from tests.common import config_of_flags, inputs_of_flags, some
@@ -39,8 +40,22 @@ def advised(
     labels["test"] = np.arange(2)
     task = make_task(labels, list(classes), config.training)
     base = find_base_model(config)
-    base = replace(base, name=name or base.name)
-    return "\n".join(advice_on_texts(config, base, task, labels, lambda: config.takes_kfold))
+    splits = {
+        split: LabelledTexts([""] * len(of_split), of_split, np.arange(len(of_split)))
+        for split, of_split in labels.items()
+    }
+    inputs = Inputs(
+        config=config,
+        base=replace(base, name=name or base.name),
+        hardware=resolve_hardware(config.hardware),
+        texts=TextData("made up", list(classes), splits, 0),
+        task=task,
+        advice=[],
+        splits={},
+        pad_id=0,
+        adapter=None,
+    )
+    return "\n".join(number_advice(inputs, lambda: config.takes_kfold))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +95,7 @@ def test_folds_are_advised_only_where_they_are_possible(
         rows = "".join(f"{text},{text[0]}\n" for text in texts.split())
         (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
     config = config_of_flags(f"--dataset text --data_dir {tmp_path} --accelerator cpu --model_name packaged {flags}")
-    assert takes_kfold(config) == fits
+    assert (config.takes_kfold and fits_folds(config.data, config.run.offline)) == fits
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models import int8_products
 from finetuning.processor import VARIABLE
+from finetuning.settings import excludes_int8
 from finetuning.training import hardware as module
 from finetuning.training.hardware import (
     Hardware,
@@ -248,7 +249,8 @@ def test_int8_is_refused_on_a_gpu(monkeypatch: Patch) -> None:
 )
 def test_fast_takes_int8_where_the_method_allows_it(settings: dict[str, Any], precision: str, reason: str) -> None:
     config = settings_of(precision="fast", **settings)
-    taken, why = fastest_precision(resolve_hardware(config.hardware), config.excludes_int8, WIDTHS)
+    excluded = excludes_int8(config.method.method, config.name == "qlora", config.hardware.compile)
+    taken, why = fastest_precision(resolve_hardware(config.hardware), excluded, WIDTHS)
     assert (taken, reason in why) == (precision, True)
 
 
