@@ -119,9 +119,11 @@ def listed(names: Iterable[object], most: int | None = None) -> str:
     """Names in one line. Long names lose their middle, because the first line of a file without a header can be a text.
 
     Args:
+        names: their letters that cannot be printed, which could change a terminal, become question marks.
         most: how many are shown; ``None``: all.
     """
     words = [" ".join(str(name).split()) for name in names]
+    words = ["".join(letter if letter.isprintable() else "?" for letter in word) for word in words]
     shown = [name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}" for name in words]
     more = [f"{len(shown) - most:,} more"] if most is not None and len(shown) > most else []
     return ", ".join([*shown[:most], *more]) or "none"

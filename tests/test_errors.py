@@ -145,3 +145,4 @@ def test_a_list_shows_both_ends_of_a_long_name() -> None:
     run = "twitter_financial_news-250-lora-pooling-first-data_seed4-seed0"
     assert listed([run, "a\n b", "c"], most=2) == "twitter_financial_...st-data_seed4-seed0, a b, 1 more"
     assert listed([]) == "none"
+    assert listed(["a\x1b[31mb", "\u202e", "é"]) == "a?[31mb, ?, é", "a label must not colour or turn a terminal"

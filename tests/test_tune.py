@@ -312,6 +312,7 @@ def test_base_models_are_searched(
         ("--trials 1 --models a b --model_name a", "--model_name a: with --models, the first of them is the default's"),
         ("--trials 1 --lora_rank 8", "unrecognized arguments: --lora_rank 8"),
         ("--trials 1 --seed 4294967295", "--seed 4294967295: must be at most 4284967295: the last runs take"),
+        ("--trials 1 --epochs 0", "--epochs 0: trains nothing, so there is nothing to search"),
         ("--trials 1 --kfold 5", "--kfold 5: a search has no cross-validation"),
         ("--trials 1 --devices 2", "--devices 2: must be 1, as a trial is one process"),
         ("--trials 1 --monitor micro_f1", "--monitor micro_f1: for a single-label task it must be one of accuracy"),

@@ -49,6 +49,7 @@ KEYS_OF_A_ROW = ("name", "axes", "tune", "reported", "data")  # what a row may h
 ALONE = ("kfold", "fold")  # a study compares runs that have one validation split
 MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study sets these itself
 NOT_SHOWN = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # they depend on the machine
+LONGEST_NAME = 200  # bytes of a run's name: its log and lock have longer ones, and a file system allows 255
 STAGES = ("tune", "final", "all")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
@@ -314,9 +315,9 @@ def _sampled(cells: list[Cell], sample: dict[str, Any] | None) -> list[Cell]:
         return cells
     _check_keys(sample, ("count", "seed"), "[sample] ")
     count, seed = sample.get("count"), sample.get("seed", 0)
-    if not isinstance(count, int) or not 1 <= count <= len(cells):
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(cells):
         raise UserError(f"[sample] count {count}: must be from 1 to {len(cells)}, the number of combinations")
-    if not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"[sample] seed {seed}: must be a whole number")
     return [cells[i] for i in sorted(random.Random(seed).sample(range(len(cells)), count))]
 
@@ -378,6 +379,8 @@ def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
         if run.name in seen:
             raise UserError(f"row {run.row}: two runs would be named {run.name}")
         seen.add(run.name)
+        if len(run.name.encode()) > LONGEST_NAME:
+            raise UserError(f"row {run.row}: {run.name}: is no name of a folder: at most {LONGEST_NAME} bytes")
         settings = {key: value for key, value in run.settings.items() if key != "seed"}
         if run.stage == "final" and rows.setdefault(run.row, settings) != settings:
             raise UserError(f"row {run.row}: two rows with other settings have this name")

@@ -328,6 +328,11 @@ def check_batches(splits: dict[str, TokenizedSplit], training: TrainingSettings,
         UserError: there are fewer texts than processes, or than one optimizer step needs.
     """
     for name, split in splits.items():
+        if name != "train" and len(split) < processes:
+            raise UserError(
+                f"{name} has {len(split)} texts, fewer than the {processes} processes: lower --devices, or give more"
+                " texts"
+            )
         make = train_loader if name == "train" else evaluation_loader
         make(split, training, pad_id=0, world_size=processes)
 
@@ -349,14 +354,7 @@ def evaluation_loader(
     Args:
         split, training, pad_id, rank, world_size: as in ``train_loader``.
         pin_memory: whether a GPU evaluates. It gets larger batches.
-
-    Raises:
-        UserError: there are fewer texts than processes.
     """
-    if len(split) < world_size:
-        raise UserError(
-            f"{len(split)} texts to evaluate: must be at least {world_size}, the number of processes: lower --devices"
-        )
     order = np.argsort(-split.lengths, kind="stable")
     batch_tokens = EVALUATION_FACTOR * training.batch_tokens
     if not pin_memory:

@@ -32,12 +32,14 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
         (rows,) texts. A row without a text is whatever the table has there: empty, ``None`` or no string.
 
     Raises:
-        UserError: a column is missing.
+        UserError: a column is missing, or named twice.
     """
     names = text_columns(wanted, table.columns)
     if not set(names) <= set(table.columns):
         what = "a column" if len(names) == 1 else "columns"
         raise UserError(f"--{flag} {wanted}: must be {what} of {where}, which has: {shown_columns(table.columns)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--{flag} {wanted}: names a column twice")
     if len(names) == 1:
         return table[names[0]]
     parts = table[names].astype(object).where(table[names].notna(), "")

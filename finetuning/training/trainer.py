@@ -15,7 +15,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
@@ -27,18 +34,25 @@ from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLine
 from finetuning.training.checkpoints import BestCheckpoint, CheckpointFiles, LastCheckpoint
 from finetuning.training.hardware import Hardware
 
+MEETING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # by which nodes that nothing else has started find each other
+STARTERS = (TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)  # which Lightning finds, besides SLURM
 GRACE_SECONDS = 30.0  # for a process that hangs: the others end within a minute
 
 
 class PatientObserver(subprocess_script._ChildProcessObserver):
-    """Lightning's watch over the processes that it starts: if one dies, it kills the others, the first one as well.
+    """Lightning's watch over the processes that it starts: if one dies, it kills the others and ends the first one.
 
-    The first process notices the death itself, says so in one line and writes its result. Here it has the time for it.
+    Once they are connected, the first process notices the death itself, says so in one line and writes its result. Here
+    it has the time for it. While it still waits for the others to connect, it cannot.
     """
 
     def _terminate_all(self) -> None:
         time.sleep(GRACE_SECONDS)  # the thread ends with its process
-        super()._terminate_all()
+        status = next(process.returncode for process in self._child_processes if process.returncode)
+        for process in self._child_processes:
+            process.send_signal(self._termination_signal)
+        print(f"error: a process of the run ended with status {status}: go on with --resume", file=sys.stderr)
+        os._exit(1)  # the main thread may wait in a library
 
 
 _children: list[Any] = []  # the processes that Lightning has started here
@@ -69,6 +83,12 @@ def check_processes(settings: HardwareSettings) -> None:
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning reads it
         raise UserError(f"{flags}: SLURM needs --ntasks-per-node={settings.devices}, in sbatch or salloc as well")
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    lacking = [name for name in MEETING if name not in os.environ]
+    if settings.num_nodes > 1 and lacking and not (_under_slurm() or any(other.detect() for other in STARTERS)):
+        raise UserError(
+            f"{flags}: nothing has started the run on other nodes: use sbatch or torchrun, or set {', '.join(MEETING)}"
+            " on each node"
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ and started != processes:
         raise UserError(f"{flags}: torchrun started {started} process(es), not {processes}")
     if processes == 1 and is_helper():
@@ -165,7 +185,7 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     notes = (
         "does not have many workers", "Checkpoint directory", "srun", "isinstance", "sync_dist=True",
-        "have no `val_dataloader`",
+        "have no `val_dataloader`", "`broadcast_buffers` is deprecated",  # its successor needs buffers to start
     )  # fmt: skip
     with warnings.catch_warnings():
         for note in notes:  # sync_dist: logged values are already equal on all ranks

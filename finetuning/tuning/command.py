@@ -258,6 +258,8 @@ def checked_config(given: dict[str, Any]) -> RunConfig:
     config = RunConfig.from_settings(**given)
     if config.data.kfold is not None:
         raise UserError(f"--kfold {config.data.kfold}: a search has no cross-validation: leave it out")
+    if config.training.epochs == 0:
+        raise UserError("--epochs 0: trains nothing, so there is nothing to search: leave it out")
     if config.hardware.processes > 1:
         several = [f"--{name} {n}" for name in ("devices", "num_nodes") if (n := getattr(config.hardware, name)) != 1]
         raise UserError(f"{' '.join(several)}: must be 1, as a trial is one process: use --jobs N, or several workers")

@@ -163,6 +163,8 @@ def _row(name: str, row: Any) -> Parameter | None:
         raise UserError(f"{name}: log and times_default must be true or false")
     if (low is None) != (high is None) or bool(values) == (low is not None) or not isinstance(values, list):
         raise UserError(f"{name}: needs a list of values, or low and high")
+    if log and values:
+        raise UserError(f"{name}: log is for low and high: leave it out")
     numeric = name in FLAGS and FLAGS[name].kind in (int, float)
     if not numeric and (low is not None or times_default):
         what = "times_default is" if times_default else "low and high are"

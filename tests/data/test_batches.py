@@ -221,7 +221,7 @@ def test_batches_that_no_step_can_be_made_of_are_refused_before_a_model_is_there
     check_batches(splits, RunConfig.from_settings(batch_size=1).training, processes=1)
     with pytest.raises(UserError, match="texts"):
         check_batches(splits, RunConfig.from_settings(batch_size=1, accumulate=6).training, processes=1)
-    with pytest.raises(UserError, match="--devices"):
+    with pytest.raises(UserError, match=r"^validation has 1 texts, fewer than the 2 processes: lower --devices"):
         check_batches({"validation": make_split(np.full(1, 20))}, RunConfig.from_settings().training, processes=2)
 
 

@@ -43,6 +43,10 @@ def test_a_table_with_another_separator_is_named() -> None:
         texts_in(pd.DataFrame({"text;label": ["a;b"]}), "text", "here")
 
 
+def test_a_column_that_is_named_twice_is_refused() -> None:
+    check_refusal(r"^--text_column title, title: names a column twice$", texts_in, TABLE, "title, title", "here")
+
+
 def test_a_column_in_both_texts_of_a_pair_is_refused() -> None:
     settings: dict[str, Any] = {"label_column": "year", "text_pair_column": "body"}
     line = r"^--text_pair_column body: column body must not be in --text_column title,body"

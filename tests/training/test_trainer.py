@@ -1,25 +1,29 @@
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.strategies import DDPStrategy, launchers
 
 from finetuning.config import RunConfig
 from finetuning.training import trainer
 from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, _strategy, check_processes
-from tests.common import ROOT, check_refusal
+from tests.common import ROOT, Capture, check_refusal
 
 
-def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     done: list[object] = []
     monkeypatch.setattr(trainer.time, "sleep", done.append)
-    monkeypatch.setattr(subprocess_script.os, "kill", lambda pid, _: done.append(pid))
-    dead = subprocess.Popen(["false"])
+    monkeypatch.setattr(trainer.os, "_exit", lambda status: done.append(f"exit {status}"))
+    dead, other = subprocess.Popen(["false"]), subprocess.Popen(["sleep", "600"])
     dead.wait()
-    PatientObserver(main_pid=os.getpid(), child_processes=[dead], sleep_period=1).run()
-    assert done == [1, GRACE_SECONDS, os.getpid()]
+    PatientObserver(main_pid=os.getpid(), child_processes=[other, dead], sleep_period=1).run()
+    assert done == [1, GRACE_SECONDS, "exit 1"]
+    assert other.wait(timeout=60) == -signal.SIGKILL
+    assert capsys.readouterr().err == "error: a process of the run ended with status 1: go on with --resume\n"
 
 
 FAILS = """
@@ -65,6 +69,12 @@ SESSION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sys/dash
         (SLURM_TASKS, {"devices": 2}, "SLURM needs --ntasks-per-node=2"),
         ({"RANK": "1"}, {}, "by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process"),
         ({"SLURM_PROCID": "2", "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "4"}, {}, "or SLURM_PROCID"),
+        (
+            {},
+            {"num_nodes": 2},
+            "nothing has started the run on other nodes: use sbatch or torchrun, or set MASTER_ADDR",
+        ),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, {"num_nodes": 2}, "nothing has started the run on other nodes"),
         (SESSION, {"num_nodes": 2}, r"--num_nodes 2: SLURM started 1 task\(s\), not 2; use srun"),  # nobody else does
     ],
 )
@@ -80,6 +90,12 @@ def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     check_processes(RunConfig.from_settings(devices=2).hardware)
+
+
+def test_nodes_that_know_each_other_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes(RunConfig.from_settings(num_nodes=2).hardware)
 
 
 PER_NODE = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}

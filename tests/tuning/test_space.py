@@ -204,6 +204,7 @@ def test_the_space_of_several_models_is_what_all_of_them_allow(tmp_path: Path) -
         ("dropout = { lo = 1 }", {}, "dropout: has unknown keys lo: allowed are"),
         ("dropout = { low = 0.1 }", {}, "dropout: needs a list of values, or low and high"),
         ("dropout = []", {}, "dropout: needs a list of values, or low and high"),
+        ("dropout = { values = [0.1], log = true }", {}, "dropout: log is for low and high: leave it out"),
         ("dropout = { low = 0.3, high = 0.1 }", {}, "low must be below high"),
         ("dropout = { low = 0, high = 0.1, log = true }", {}, "above 0 with log"),
         ("lora_r = [2.5]", {}, "lora_r: 2.5: must be whole numbers"),
