@@ -1,7 +1,6 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, launchers
@@ -9,7 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy, launchers
 from finetuning.config import RunConfig
 from finetuning.training import trainer
 from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, _strategy, check_processes
-from tests.common import ROOT, Capture, check_refusal
+from tests.common import Capture, check_refusal
+from tests.scripts import start_script
 
 
 def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(
@@ -26,24 +26,11 @@ def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(
     assert capsys.readouterr().err == "error: a process of the run ended with status 1: go on with --resume\n"
 
 
-FAILS = """
-import atexit, time, torch
-from finetuning.training.trainer import process_group_left
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-atexit.register(time.sleep, 600)  # as NCCL's end of the group waits for ranks that wait for this one
-try:
-    with process_group_left():
-        raise {error}
-except {error}:
-    print("recorded", end="")
-"""
-
-
 @pytest.mark.parametrize(("error", "status"), [("RuntimeError", 1), ("SystemExit", 130)])  # that: a second Ctrl-C
 def test_a_process_that_fails_does_not_wait_for_the_others(error: str, status: int) -> None:
-    words = [sys.executable, "-c", FAILS.format(error=error)]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (status, "recorded")
+    process = start_script("tests/failing_rank.py", [error])
+    printed, _ = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (status, "recorded")
 
 
 @pytest.mark.parametrize(
