@@ -157,9 +157,9 @@ class Run:
     @cached_property
     def history(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv`` without their empty cells; no rows if there was no such file."""
-        rows = csv.DictReader((self.record.metrics or "").splitlines())
+        names, *rows = [*csv.reader((self.record.metrics or "").splitlines())] or [[]]
         try:
-            return [{key: float(value) for key, value in row.items() if value} for row in rows]
+            return [{key: float(cell) for key, cell in zip(names, row, strict=True) if cell} for row in rows if row]
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.record.path}: its metrics must be numbers: {error}") from None
 
