@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetuning.comparison.collected import Row, Study, read_study, study_names
+from finetuning.comparison.collected import Row, Run, Study, read_study, study_names
 from finetuning.comparison.packed import Record, change_records
 from finetuning.errors import UserError
 from tests.common import check_refusal, refusal_of, some
@@ -166,3 +166,9 @@ def test_a_history_without_its_empty_cells(tmp_path: Path) -> None:
     assert full.history == []
     assert [point["validation_accuracy"] for point in lora.history if "validation_accuracy" in point] == [0.8, 0.9]
     assert set(lora.history[0]) == {"step", "epoch", "train_loss", "learning_rate", "train_seconds"}
+
+
+@pytest.mark.parametrize("row", ["10,many", "10", "10,0.5,0.5"])
+def test_a_history_with_something_else_than_numbers_for_its_columns_is_refused(tmp_path: Path, row: str) -> None:
+    run = Run(Record.made(tmp_path / "s", {"study": {"run": "r"}}, f"step,train_loss\n{row}\n"))
+    check_refusal("its metrics must be numbers", lambda: run.history)
